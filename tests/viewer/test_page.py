@@ -25,7 +25,6 @@ from pixmim.build import build_loss, image_spec
 from pixmim.config import ModelConfig, PretrainConfig, TargetConfig
 from pixmim.evaluation.attentive_probe import AttentiveProbe, save_probe
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
-from pixmim.evaluation.neighbors import Index
 from pixmim.evaluation.visualize import heat_overlay, to_rgb
 from pixmim.export import export_model
 from pixmim.masking import Mask
@@ -33,9 +32,8 @@ from pixmim.report import write_report
 from pixmim.report.reconstruct import draw
 from pixmim.transforms.crops import CenterCrop, evaluation_crop, flip_and_normalize
 from pixmim.utils.errors import UserError
-from pixmim.viewer.atlas import Atlas
 from pixmim.viewer.images import ImageStore
-from pixmim.viewer.index import EncoderIndex, Progress
+from pixmim.viewer.index import EncoderIndex, Job
 from pixmim.viewer.page import Page
 from pixmim.viewer.runs import Run, low_passed, random_mask, read_new_metrics, target_radius
 from pixmim.weights.load import build_with_weights, resolve_model
@@ -238,20 +236,15 @@ def test_a_failing_index_says_why(two_runs: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("too few"), KeyError()])
-def test_the_page_never_waits_for_what_failed(
-    error: Exception, two_runs: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> Any:
+def test_the_page_never_waits_for_what_failed(error: Exception) -> None:
+    def fail() -> None:
         raise error
 
-    index, atlas = EncoderIndex(two_runs[0], False, fail, "cpu"), Atlas()
-    index.progress = Progress()
-    index._run()
-    monkeypatch.setattr("pixmim.viewer.atlas.write_table", fail)
-    vectors, rows = torch.eye(2), torch.arange(2)
-    atlas._run(Index(vectors, rows, vectors[0], rows), pixmim.open_dataset(DATA), ModelConfig(size="32"))
-    for message in (index.progress and index.progress.error, atlas.state):
-        assert message == (str(error) or "KeyError")
+    job = Job()
+    job.run_work(fail)
+    assert job.state == job.error == (str(error) or "KeyError")
+    job.run_work(lambda: None)
+    assert job.state == "ready" and not job.error
 
 
 def test_attention_is_that_of_its_image_under_concurrent_requests(page: Page) -> None:

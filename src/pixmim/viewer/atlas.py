@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,21 +14,16 @@ from pixmim.evaluation.embed import file_columns, import_parquet, project, thumb
 from pixmim.evaluation.neighbors import Index
 from pixmim.utils.console import utf8
 from pixmim.utils.errors import UserError
+from pixmim.viewer.index import Job
 
 _TIMEOUT = 600  # seconds
 
 
 @dataclass
-class Atlas:
-    """The files of embedding-atlas's page for one index, in a temporary folder.
+class Atlas(Job):
+    """The files of embedding-atlas's page for one index, in a temporary folder."""
 
-    Attributes:
-        state: "", "working", "ready", or why it failed.
-    """
-
-    state: str = ""
     _folder: "TemporaryDirectory[str]" = field(default_factory=lambda: TemporaryDirectory(prefix="pixmim-map-"))
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def folder(self) -> Path:
@@ -38,20 +32,13 @@ class Atlas:
 
     def start(self, index: Index, data: ImageDataset, config: ModelConfig) -> None:
         """Start to write the page in a thread, unless it is written or in progress."""
-        with self._lock:
-            if self.state in ("working", "ready"):
-                return
-            self.state = "working"
-        threading.Thread(target=self._run, args=(index, data, config), name="pixmim-map", daemon=True).start()
 
-    def _run(self, index: Index, data: ImageDataset, config: ModelConfig) -> None:
-        try:
+        def write() -> None:
             table = Path(self._folder.name, "images.parquet")
             write_table(table, index, data, config)
             export_page(table, self.folder)
-            self.state = "ready"
-        except Exception as error:  # of any kind, such as UMAP's: the page waits for the end
-            self.state = str(error) or type(error).__name__
+
+        self.start_work(write)
 
 
 def write_table(out: Path, index: Index, data: ImageDataset, config: ModelConfig) -> None:

@@ -27,17 +27,13 @@ class ImageStore:
     """Images by id: "d12" is number 12 of the dataset, "u3f9c0a" an upload.
 
     Args:
-        open_data: Opens the dataset in a format. It is called once for each format.
+        open_data: Opens the dataset in a format. `data` is the same function, and calls it once for each format.
     """
 
     def __init__(self, open_data: Callable[[ImageSpec], ImageDataset]) -> None:
-        self._open_data = lru_cache(maxsize=None)(open_data)
+        self.data = lru_cache(maxsize=None)(open_data)
         self._uploads: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
         self._lock = threading.Lock()
-
-    def data(self, spec: ImageSpec) -> ImageDataset:
-        """Return the dataset in a format. Raises UserError if it cannot be opened."""
-        return self._open_data(spec)
 
     def add(self, content: bytes, name: str, spec: ImageSpec) -> str:
         """Keep an uploaded file, of which the newest 16 are kept, and return its id.

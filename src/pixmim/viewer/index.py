@@ -17,16 +17,40 @@ from pixmim.utils.errors import UserError
 
 
 @dataclass
-class Progress:
-    """Progress of the computation of an index; `error` is the reason if it failed."""
+class Job:
+    """Work in a thread, for which the page waits.
 
-    done: int = 0
-    total: int = 0
-    error: str = ""
+    Attributes:
+        state: "", "working", "ready", or why it failed.
+    """
+
+    state: str = field(default="", init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @property
+    def error(self) -> str:
+        """Why it failed, if it did."""
+        return "" if self.state in ("", "working", "ready") else self.state
+
+    def start_work(self, work: Callable[[], object]) -> None:
+        """Start the work, unless it is done or in progress; what failed is tried again."""
+        with self._lock:
+            if self.state in ("working", "ready"):
+                return
+            self.state = "working"
+        threading.Thread(target=self.run_work, args=(work,), daemon=True).start()
+
+    def run_work(self, work: Callable[[], object]) -> None:
+        """Do the work in this thread."""
+        try:
+            work()
+            self.state = "ready"
+        except Exception as error:  # of any kind: the page would wait forever
+            self.state = str(error) or type(error).__name__
 
 
 @dataclass
-class EncoderIndex:
+class EncoderIndex(Job):
     """The encoder of a run and its index, which is read or computed in a thread: see `load_index`.
 
     Attributes:
@@ -34,24 +58,21 @@ class EncoderIndex:
         untrained: Use the initial weights of the run.
         open_data: Opens the dataset in the format of the encoder.
         device: Device of the encoder.
+        done: Progress of the computation, of `total`.
     """
 
     run: Path
     untrained: bool
     open_data: Callable[[ImageSpec], ImageDataset]
     device: str = "auto"
-    progress: Progress | None = None
+    done: int = 0
+    total: int = 0
     index: Index | None = None
     encoder: FrozenEncoder | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
         """Start to compute the index in a thread, unless it is done or in progress."""
-        with self._lock:
-            if self.index is not None or (self.progress is not None and not self.progress.error):
-                return
-            self.progress = Progress()
-        threading.Thread(target=self._run, name="pixmim-index", daemon=True).start()
+        self.start_work(self.compute)
 
     def embed(self, crop: Shaped[Tensor, "1 c h w"]) -> Float[Tensor, "1 d"]:
         """Return the features of one evaluation crop. Raises UserError before the index is complete."""
@@ -60,19 +81,11 @@ class EncoderIndex:
         with torch.no_grad(), self.encoder.evaluating():
             return features(self.encoder.module, self.encoder.preprocess(crop)).mean.float().cpu()
 
-    def _run(self) -> None:
-        assert self.progress is not None
-        try:
-            self.compute()
-        except Exception as error:  # of any kind: the page waits for the end
-            self.progress.error = str(error) or type(error).__name__
-
     def compute(self) -> Index:
         """Read or compute the index. Raises UserError if the encoder or the data cannot be opened."""
-        progress = self.progress = self.progress or Progress()
 
         def advance(done: int, total: int) -> None:
-            progress.done, progress.total = done, total
+            self.done, self.total = done, total
 
         encoder = load_frozen_encoder(str(self.run), device=self.device, untrained=self.untrained)
         index = load_index(index_file(self.run, self.untrained), encoder, self.open_data(encoder.image_spec), advance)

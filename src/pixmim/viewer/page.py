@@ -190,7 +190,7 @@ class Page:
     def indexes(self) -> list[dict[str, Any] | None]:
         """Return the progress of each encoder's index: done, total, error and complete; None before its start."""
         return [
-            None if e.progress is None else {**asdict(e.progress), "complete": e.index is not None}
+            {"done": e.done, "total": e.total, "error": e.error, "complete": e.state == "ready"} if e.state else None
             for e in self._encoders
         ]
 
