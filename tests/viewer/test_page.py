@@ -223,7 +223,8 @@ def test_untrained_encoder_has_an_index_of_its_own(two_runs: list[Path], tmp_pat
 
 
 def test_a_failing_index_says_why(two_runs: list[Path], tmp_path: Path) -> None:
-    page = Page(two_runs, str(tmp_path / "nothing"), "cpu")
+    shutil.copytree(two_runs[0], tmp_path / "run")
+    page = Page([tmp_path / "run"], str(tmp_path / "nothing"), "cpu")
     page.start_index(0)
     for _ in range(200):
         progress = page.indexes()[0]
