@@ -134,5 +134,9 @@ def test_the_duration_follows_from_the_speed_and_slow_reading_asks_for_a_cache()
     images = config.epochs * 3_000
     (time,), cached = judge_speed(config, PHOTOS, images / 7_200)
     assert "2.0 hours" in time.reason and "--epochs" not in time.reason and not cached
+    for seconds, words in ((60, "about 1 minute on"), (600, "about 10 minutes on"), (3_599, "about 1.0 hours on")):
+        assert words in judge_speed(config, PHOTOS, images / seconds)[0][0].reason
+    slow = judge_speed(config, replace(PHOTOS, images_per_s=0.3), 0.4)[0]
+    assert "at 0.4 images/s" in slow[0].reason and "(0.3 images/s)" in slow[1].reason
     (time, cache), cached = judge_speed(config, replace(PHOTOS, images_per_s=20), images / (24 * 3_600))
     assert f"--epochs {int(config.epochs / 2)} " in time.reason and cache.topic == "cache" and cached

@@ -111,16 +111,21 @@ def judge_speed(
         can_cache: False if the dataset is a cache already.
     """
     hours = config.epochs * found.images / rate / 3600
-    time = f"{hours:.1f} hours" if hours >= 1 else f"{max(1, round(60 * hours))} minutes"
-    reason = f"about {time} on this machine, at {rate:,.0f} images/s"
+    minutes = max(1, round(60 * hours))
+    time = f"{hours:.1f} hours" if minutes >= 60 else f"{minutes} {'minute' if minutes == 1 else 'minutes'}"
+    reason = f"about {time} on this machine, at {_per_second(rate)}"
     if hours > _NIGHT:
         reason += f"; --epochs {max(1, int(_NIGHT / hours * config.epochs))} takes {_NIGHT} hours"
     suggestions = [Suggestion("time", [], reason, "measured")]
     cached = can_cache and found.images_per_s < 1.5 * rate
     if cached:
-        reason = f"reading ({found.images_per_s:,.0f} images/s) would slow training down, so resize the images once"
+        reason = f"reading ({_per_second(found.images_per_s)}) would slow training down, so resize the images once"
         suggestions.append(Suggestion("cache", [], reason, "measured"))
     return suggestions, cached
+
+
+def _per_second(rate: float) -> str:
+    return f"{rate:,.{int(rate < 10)}f} images/s"
 
 
 def _length(found: Survey, recipe: PretrainConfig) -> Suggestion:

@@ -92,9 +92,10 @@ def _draw_command(
         columns, names, errors = draw(weights, from_paths(images, image_spec(weights.config)), count)
         for line in errors:
             print_plain(Console(stderr=True), f"left out: {line}")
+        image = labeled_grid(columns, names)
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            atomic_write(out, partial(labeled_grid(columns, names).save, format=kind))
+            atomic_write(out, partial(image.save, format=kind))
         except (OSError, ValueError, OverflowError, RuntimeError, struct.error) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the disk; the others mean that the drawing is too large for the format
