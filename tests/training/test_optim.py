@@ -74,12 +74,29 @@ def test_a_bad_gradient_changes_no_weight_and_no_moment(scaling: bool) -> None:
     states = list(sync_free.optimizer.state.values())
     assert all(float(state["step"]) == 3 and torch.isfinite(state["exp_avg"]).all() for state in states)
     assert sync_free.state["skipped"] == 1 and sync_free.state["streak"] == 1
-    assert sync_free.state["scale"] == (2.0**15 if scaling else 1.0)
+    assert sync_free.state["scale"] == 2.0 ** (15 if scaling else 16)
 
 
 def test_the_streak_ends_with_a_good_step() -> None:
     _, sync_free = trained(6, None, spoil=3)
     assert sync_free.state["skipped"] == 1 and sync_free.state["streak"] == 0
+
+
+@pytest.mark.parametrize("scaling", [False, True])
+def test_a_run_that_resumes_in_another_precision_continues_with_the_same_gradients(scaling: bool) -> None:
+    """The scale of float16, in its checkpoint, must not divide gradients that are not scaled."""
+    model = network()
+    kinds = [SyncFreeOptimizer(adamw(model, 0.1, (0.9, 0.95), 0.05), 0.1, one, CPU) for one in (not scaling, scaling)]
+    before, after = kinds
+    x = torch.randn(16, 4)
+    for value in after.state:
+        after.state[value].copy_(before.state[value])
+    norms = []
+    for optimizer in kinds:
+        optimizer.backward(model(x).square().mean())
+        norms.append(optimizer.step(0.0))
+    torch.testing.assert_close(*norms)
+    assert after.state["scale"] == 2.0**16
 
 
 def test_the_loss_scale_doubles_after_2000_good_steps() -> None:

@@ -146,7 +146,7 @@ class SyncFreeOptimizer:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         zero = torch.zeros((), device=device)
         self.state: dict[str, Tensor] = {
-            "scale": torch.full((), 2.0**16 if scaling else 1.0, device=device),
+            "scale": torch.full((), 2.0**16, device=device),  # unused without scaling, until a run resumes with it
             "good": zero.clone(),  # steps since the scale last changed
             "skipped": zero.clone(),  # skipped steps
             "streak": zero.clone(),  # skipped steps in a row, up to now
@@ -170,10 +170,11 @@ class SyncFreeOptimizer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0) if number >= group.get("from_step", 0) else 0.0
         s = self.state
-        norm = total_norm(self._parameters) / s["scale"]
+        scale = s["scale"] if self._scaling else 1.0
+        norm = total_norm(self._parameters) / scale
         finite = torch.isfinite(norm)
         over = norm / self._clip if self._clip is not None else torch.ones_like(norm)
-        self.optimizer.grad_scale = s["scale"] * over.clamp(min=1.0).nan_to_num()  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = scale * over.clamp(min=1.0).nan_to_num()  # type: ignore[attr-defined]
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
