@@ -106,6 +106,8 @@ def test_a_run_without_a_valid_checkpoint_does_not_restart(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"no checkpoint in .* is valid"):
         CheckpointManager(tmp_path, warn=warnings.append).load(model, updater, images=7)
     assert len(warnings) == 1 and "is damaged" in warnings[0]
+    with pytest.raises(UserError, match=r"no checkpoint in .* is valid"):  # a scheduler repeats the command
+        CheckpointManager(tmp_path).load(model, updater, images=7)
 
 
 @pytest.fixture

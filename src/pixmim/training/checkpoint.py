@@ -84,7 +84,7 @@ class CheckpointManager:
         Raises:
             UserError: If all are damaged, or one does not fit the model or a dataset of `images` images.
         """
-        steps = self._world.broadcast(self._steps_inside())
+        steps, damaged = self._world.broadcast((self._steps_inside(), any(self._folder.glob("damaged-*"))))
         state = _state(model, optimizer)
         for step in reversed(steps):
             path, damage = self._path(step), ""
@@ -100,7 +100,7 @@ class CheckpointManager:
                 _remove(aside)
                 os.replace(path, aside)
             self._warn(f"warning: the checkpoint of step {step:,} is damaged ({damage}); renamed it to {aside.name}")
-        if steps:
+        if steps or damaged:  # of this start, or of one before: a scheduler may repeat the command
             raise UserError(f"no checkpoint in {self._folder} is valid. To restart, remove {self._folder}")
         return 0
 
