@@ -96,9 +96,10 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
         build_stages(config, build_model(config), 10)
 
 
-def test_what_is_no_list_of_sizes_is_refused(tiny_run: Make) -> None:
+@pytest.mark.parametrize("words", ["small", "16,,24", "1" * 60 + "!"])  # the last in no time, though it is long
+def test_what_is_no_list_of_sizes_is_refused(words: str, tiny_run: Make) -> None:
     with pytest.raises(UserError, match="first-sizes"):
-        tiny_run(first_sizes="small")
+        tiny_run(first_sizes=words)
 
 
 @pytest.mark.parametrize(("start", "parts"), [(0, 1), (2, 1), (5, 1), (1, 2)])

@@ -324,7 +324,7 @@ class PretrainConfig(ModelConfig):
     """Initial weights: a file, another run, timm:NAME or hf:NAME; otherwise random."""
     epochs: Positive = 300.0
     """Length in passes over the data."""
-    first_sizes: Annotated[str, Text(r"([0-9]{1,8}(x[0-9]{1,8})?,?)*", "sizes such as 112,160")] = ""
+    first_sizes: Annotated[str, Text(r"([0-9]{1,8}(x[0-9]{1,8})?(,|$))*", "sizes such as 112,160")] = ""
     """Smaller sizes that the run begins with, such as 112,160: it has equally long parts, the last at --size."""
     steps: Annotated[int | None, Integer(1, 999_999_999)] = None
     """Length in optimizer steps, instead of epochs."""
