@@ -12,7 +12,7 @@ import pytest
 from pixmim import cli
 from pixmim.cli.pretrain import read_flags
 from pixmim.cli.slurm import Job
-from pixmim.config import PretrainConfig
+from pixmim.config import CropConfig, MaskConfig, ModelConfig, PretrainConfig, TargetConfig
 from pixmim.config_io import from_json
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.settings import EvaluateAllSettings
@@ -93,6 +93,14 @@ def test_absurd_values_are_refused_by_their_flags(command: str) -> None:
             assert "\n" not in text and len(text) < 400
             count += 1
     assert count > 20
+
+
+def test_a_part_of_another_type_is_refused() -> None:
+    for wrong in (None, "center", CropConfig, MaskConfig(), {"flip": 0}):
+        with pytest.raises(UserError, match="--crop must be of type CropConfig, not"):
+            changed(PretrainConfig(), ("crop",), wrong).__post_init__()
+    with pytest.raises(UserError, match="--mask must be of type MaskConfig or nothing, not"):
+        changed(ModelConfig(), ("mask",), TargetConfig()).__post_init__()
 
 
 def test_every_number_has_a_rule() -> None:

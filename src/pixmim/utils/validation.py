@@ -226,11 +226,10 @@ def check(settings: Any, prefix: str = "--") -> None:
     """
     for name, hint in hints_of(settings.__class__).items():
         value, flag = getattr(settings, name), prefix + name.replace("_", "-")
+        check_value(flag, value, hint)
         if is_dataclass(value):
             flat = any(getattr(mark, "name", None) == "" for mark in getattr(hint, "__metadata__", ()))
             check(value, prefix if flat else f"{flag}.")
-        else:
-            check_value(flag, value, hint)
 
 
 @cache
@@ -242,11 +241,11 @@ def hints_of(cls: Any) -> dict[str, Any]:
 
 def check_value(flag: str, value: object, hint: Any) -> None:
     """Raise UserError, naming the flag, unless a value has its type and obeys its rules."""
-    if isinstance(value, dict):
-        check_options(value)
     expected = _expected(value, hint)
     if expected:
         raise UserError(f"{flag} must be {expected}, not {shown(value)}")
+    if isinstance(value, dict):
+        check_options(value)
 
 
 def _expected(value: object, hint: Any) -> str:
@@ -273,6 +272,8 @@ def _expected(value: object, hint: Any) -> str:
         if any_length and args[0] in (int, float):  # one number of each type decides for all
             value = tuple({type(item): item for item in value}.values())
         return next(filter(None, map(_expected, value, args[:1] * len(value) if any_length else args)), "")
+    if is_dataclass(origin or hint):
+        return "" if isinstance(value, origin or hint) else f"of type {(origin or hint).__name__}"
     description, is_valid = _PLAIN.get(origin or hint, ("", None))
     return "" if is_valid is None or is_valid(value) else description
 
