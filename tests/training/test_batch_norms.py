@@ -53,6 +53,10 @@ def test_flags_about_blocks_that_would_do_nothing_or_harm_are_refused(
         )
         with pytest.raises(UserError, match=message):
             train(config, tmp_path / backbone)
+    for rates in ({"drop_path_rate": 0.1}, {"proj_drop_rate": 0.1}):
+        model = replace(tiny_run().model, options=tiny_run().model.options | {"depth": 2} | rates)
+        with pytest.raises(UserError, match="drop other values in the backward pass"):
+            train(tiny_run(model=model, parallel=ParallelConfig(recompute=True)), tmp_path / "drops")
 
 
 def test_trial_steps_leave_no_trace() -> None:

@@ -57,6 +57,11 @@ def choose_compilation(config: ParallelConfig, model: nn.Module, device: torch.d
         )
     if config.recompute and any(batch_norms(block) for block in blocks):
         raise UserError("--parallel.recompute would count each image twice in batch norms: leave it out")
+    if config.recompute and any(_drops(module) for block in blocks for module in block.modules()):
+        raise UserError(
+            "--parallel.recompute would drop other values in the backward pass than in the forward pass: leave it out, "
+            "or the rates of --model.options"
+        )
     if kind == "auto":
         kind = "blocks" if device.type == "cuda" and blocks else "none"
     if kind != "none":
@@ -74,6 +79,11 @@ def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
     for name, child in model.named_modules():
         if name.rpartition(".")[2].startswith("blocks"):
             yield from child.children()
+
+
+def _drops(module: nn.Module) -> bool:
+    """Return True for dropout and stochastic depth that are in use."""
+    return (isinstance(module, nn.Dropout) and module.p > 0) or (getattr(module, "drop_prob", None) or 0) > 0
 
 
 def parallelize(
