@@ -17,7 +17,9 @@ from helpers.models import CNNS, MAE, OTHERS
 from pixmim.config import CheckpointConfig, MaskConfig, OnlineKnnConfig, OptimConfig, ParallelConfig, PretrainConfig
 from pixmim.evaluation.best import read_best
 from pixmim.pretraining import pretrain
+from pixmim.training.distributed import find_rank
 from pixmim.training.metric_logger import read_metrics
+from pixmim.utils.errors import UserError
 from pixmim.weights.load import load_encoder
 
 STEPS, HALF = 8, 4
@@ -48,6 +50,30 @@ def largest_difference(one: Path, other: Path) -> float:
     a, b = product(one), product(other)
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_a_process_is_found_by_all_its_variables_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchrun, slurm = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+
+    def found(*values: str, names: tuple[str, ...] = torchrun, address: str = "") -> tuple[int, int, int]:
+        with monkeypatch.context() as patch:
+            for name in (*torchrun, *slurm, "MASTER_ADDR"):
+                patch.delenv(name, raising=False)
+            for name, value in zip(names, values, strict=False):
+                patch.setenv(name, value)
+            if address:
+                patch.setenv("MASTER_ADDR", address)
+            world = find_rank()
+            return world.rank, world.size, world.local
+
+    alone = (0, 1, 0)
+    assert found() == found("", "", "") == found("3") == found("0", "1") == alone
+    assert found("5", "8", "1") == found("5", "8", "1", names=slurm, address="node0") == (5, 8, 1)
+    assert found("5", "8", "1", names=slurm) == alone  # srun also numbers processes that have nothing in common
+    assert found("5", "8", "1", "5", "8", names=(*slurm, "RANK", "WORLD_SIZE"), address="node0") == (5, 8, 1)
+    for values in (("5", "8"), ("5", "8", ""), ("5", "many", "1")):
+        with pytest.raises(UserError, match=r"RANK=5 WORLD_SIZE=\w+ LOCAL_RANK=.* torchrun, or set LOCAL_RANK"):
+            found(*values)
 
 
 UNEVEN = {"blocks": (OTHERS["vit"][0], 64)}

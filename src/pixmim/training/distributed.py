@@ -7,6 +7,7 @@ is a single process, which communicates with no other. No other module creates p
 import hashlib
 import os
 import platform
+import shlex
 import time
 import uuid
 from collections.abc import Iterator
@@ -130,15 +131,22 @@ SINGLE_PROCESS = Distributed()
 def find_rank() -> Distributed:
     """Return this process's position, from the environment variables of torchrun or Slurm, without process groups.
 
-    Slurm's count only together with MASTER_ADDR, since it also numbers independent processes.
+    Slurm's count only together with MASTER_ADDR, since it also numbers independent processes. Raises UserError if the
+    variables describe one of several processes, but not completely.
     """
     known = [("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     if "MASTER_ADDR" in os.environ:
         known.append(("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
     for names in known:
-        if all(name in os.environ for name in names):
+        if all(os.environ.get(name, "").isdecimal() for name in names):
             rank, size, local = (int(os.environ[name]) for name in names)
             return Distributed(rank, size, local)
+    if os.environ.get("RANK") and os.environ.get("WORLD_SIZE", "1") != "1":
+        given = " ".join(f"{name}={shlex.quote(os.environ.get(name, ''))}" for name in known[0])
+        raise UserError(
+            f"{given} do not describe a process: start the processes with torchrun, or set LOCAL_RANK too, to 0 if "
+            "each machine has one"
+        )
     return SINGLE_PROCESS
 
 
@@ -208,7 +216,7 @@ def init_distributed(device: str, timeout: float) -> Iterator[Distributed]:
             # NCCL ends the process without naming a rank, so the groups on the host must time out first.
             timeout=2 * limit if gpu else limit,
         )
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(
             f"rank {info.rank} of {info.size} failed to initialize the process group: {first_line(error)}"
         ) from error
