@@ -181,6 +181,8 @@ def test_a_run_of_any_format_from_stats_to_figures(
         assert say(capsys, "cache", data, spec, "--size", "16x32", "--raw", *flags.split())[0] == 0
         status, text = say(capsys, "stats", spec, "--channels", 3)
         assert status == 1 and f"images of 13 channels in uint16, not 3 channels in uint16: pass {flags}" in text
+        status, text = say(capsys, "stats", spec, "--stretch", "1,99")
+        assert status == 1 and "not 13 channels in uint16, percentiles 1,99 stretched" in text
         assert say(capsys, "stats", spec)[0] == 0 and (spec / "stats.json").exists()
     run = tiny_run(data=str(spec), size="16x32", channels=channels, dtype=dtype, steps=3)
     run = replace(run, crop=replace(run.crop, kind="random-resized" if how == "random-resized" else "simple-resized"))

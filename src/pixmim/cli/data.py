@@ -148,7 +148,7 @@ def cache(
         interpolation: Resampling filter, always with antialiasing. Use that of the crop in training.
         per_shard: Images per shard.
     """
-    from pixmim.config import PretrainConfig
+    from pixmim.config import ModelConfig
     from pixmim.data import open_dataset
     from pixmim.data.build_resized_cache import make_cache
     from pixmim.data.dataset import ImageSpec
@@ -162,7 +162,7 @@ def cache(
         result = make_cache(
             dataset,
             out,
-            PretrainConfig(size=size).image_size,
+            ModelConfig(size=size).image_size,
             interpolation=interpolation,
             kind="raw" if raw else "jpeg",
             quality=quality,
@@ -214,14 +214,14 @@ def stats(
     data = choice.choose(data)
     console, spec = Console(), absolute(data)
     settings = read_settings(spec)
-    flags = ImageSpec(**asdict(files))
-    likely = flags if settings is None else settings.image_spec
+    given = {name: value for name, value in asdict(files).items() if value != getattr(_FileFlags, name)}
+    likely = replace(ImageSpec() if settings is None else settings.image_spec, **given)
     dataset = open_dataset(spec, likely)
     inspected = statistics.sample_indices(len(dataset), _INSPECTED)
     formats = statistics.count_formats(dataset, inspected, files.tiff_pages)
     if settings is None:
         found = statistics.choose_image_spec(formats)
-        likely = replace(flags, channels=found.channels, dtype=found.dtype)
+        likely = replace(likely, channels=found.channels, dtype=found.dtype)
     chosen_dtype = likely.dtype if dtype == "auto" else dtype
     image_spec = replace(likely, channels=channels or likely.channels, dtype=chosen_dtype)
     if image_spec != dataset.image_spec:
