@@ -27,8 +27,12 @@ _Job = tuple[Future[Any], Callable[[], Any]]
 
 
 def num_threads(threads: int, processes: int = 1) -> int:
-    """Return `threads`, or for 0 one per core and at most 16. `processes` of a run share the cores."""
-    return threads or min(16, max(1, (os.cpu_count() or 1) // processes))
+    """Return `threads`, or for 0 one per core and at most 16.
+
+    Cores are those that this process may use, and its share of the machine's if it is one of several `processes`.
+    """
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 16
+    return threads or min(16, own, max(1, (os.cpu_count() or 1) // processes))
 
 
 class ThreadPool(Executor):
