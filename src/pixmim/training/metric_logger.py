@@ -232,6 +232,13 @@ def start_summary(
             f"warning: --optim.lr {c.lr:.3g} is unusual for a batch of {c.batch_size:,}: without it, the learning "
             f"rate is {usual_lr:.3g}"
         )
+    ends = {"warmup-start-lr": schedule.first, "min-lr": schedule.final if schedule.drop is None else 0.0}
+    lines += [
+        f"warning: --optim.{name} {rate:.3g} is above the learning rate {c.lr:.3g} of a batch of {c.batch_size:,}: "
+        f"pass less, such as --optim.{name} 0"
+        for name, rate in ends.items()
+        if rate > c.lr
+    ]
     if (c.dtype != "uint8" or c.channels not in (1, 3)) and (c.mean is None or c.std is None):
         lines.append(
             "warning: mean and std are not measured, so those of photographs are used: run `pixmim stats DATA`"
