@@ -1,11 +1,13 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from pixmim.build import build_model
+from pixmim.cli.pretrain import read_flags
 from pixmim.config import CropConfig, OptimConfig, PretrainConfig, TargetConfig
-from pixmim.config_io import from_json, to_json
+from pixmim.config_io import defaults_for, from_json, to_json
 from pixmim.evaluation.settings import FinetuneSettings, KnnSettings
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.utils.errors import UserError
@@ -92,6 +94,22 @@ def test_size_and_statistics() -> None:
     assert PretrainConfig(size="192x384").image_size == (192, 384) and PretrainConfig(size="96").image_size == (96, 96)
     assert PretrainConfig(channels=1).normalization == ((0.449,), (0.226,))
     assert PretrainConfig(mean=(0.1, 0.2, 0.3)).normalization == ((0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
+
+
+def test_mean_std_and_bands_belong_to_channels_dtype_and_stretch(tmp_path: Path) -> None:
+    values = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "bands": "3,2,1", "stretch": "1,99"}
+    config = get_recipe("pixmim-vit-tiny", data="d", **values)
+    assert defaults_for(config, {"channels": "3", "dtype": "uint8", "stretch": "1,99", "size": "96"}) == config
+    for other in ({"channels": 4}, {"channels": "4"}, {"dtype": "uint16"}, {"stretch": ""}):
+        assert defaults_for(config, other) == dataclasses.replace(config, mean=None, std=None, bands="")
+    (tmp_path / "run.json").write_text(to_json(config))
+    for flags, mean in (
+        (["--stretch", "1,99"], values["mean"]),
+        (["--stretch", ""], None),
+        (["--channels=3", "--channels=4"], None),  # the last one counts
+    ):
+        read = read_flags([str(tmp_path / "run.json"), "--data", "d", *flags]).config
+        assert read.mean == read.std == mean or (read.mean, read.std) == (mean, values["std"])
 
 
 def test_sizes_and_lists_of_python_are_taken() -> None:

@@ -5,22 +5,28 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from rich.console import Console
 from safetensors import safe_open
 
 from helpers.runs import equal, train, weights
 from pixmim.build import build_model
 from pixmim.config import CheckpointConfig, OnlineKnnConfig, OptimConfig, PretrainConfig, RecipeInfo
+from pixmim.config_io import to_json
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.settings import LinearSettings
 from pixmim.models import features
 from pixmim.recipes import get_recipe
+from pixmim.run_folder import check_same_run, open_run, with_full_paths
 from pixmim.training.checkpoint import CheckpointManager
+from pixmim.training.distributed import Distributed
 from pixmim.utils.errors import UserError
 
 Make = Callable[..., PretrainConfig]
@@ -155,6 +161,43 @@ def test_warnings_for_runs_far_from_their_recipe(tiny_run: Make, tmp_path: Path)
     assert "2 steps are less than a tenth of the 1,000" in text
     assert "--optim.lr 1 is unusual for a batch" in text
     assert "each of the 40 images more than once" in text
+
+
+def test_a_rate_that_would_rise_is_warned_about(tiny_run: Make, tmp_path: Path) -> None:
+    simmim = get_recipe("simmim-swin-base", batch_size=64).optim  # whose lowest rate is of 2,048 images
+    text = train(tiny_run(batch_size=64, steps=2, optim=simmim), tmp_path / "run")
+    assert "--optim.min-lr 4e-05 is above the learning rate 2.5e-05 of a batch of 64" in text
+    assert "warmup-start-lr" not in text
+
+
+class _SecondRank(Distributed):
+    """Rank 1 of 2, where `pixmim stats` has measured nothing."""
+
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        is_config = isinstance(value, tuple) and isinstance(value[0], PretrainConfig)
+        first = (replace(value[0], mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)), []) if is_config else value
+        return [first, value]
+
+
+def test_all_ranks_have_the_statistics_of_the_first(tiny_run: Make, tmp_path: Path) -> None:
+    config, _ = open_run(tiny_run(), str(tmp_path), _SecondRank(1, 2), ExitStack(), Console(quiet=True), resume=False)
+    assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_initial_weights_are_the_same_file_from_any_folder(
+    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    run = tmp_path / "run"
+    for init, full in (("a.pth", f"{tmp_path}/a.pth"), ("~/a.pth", "/home/me/a.pth"), ("timm:a", "timm:a"), ("", "")):
+        assert with_full_paths(tiny_run(init=init), run).init == full
+    run.mkdir()
+    (run / "config.json").write_text(to_json(tiny_run(init="a.pth", out="run")))
+    assert check_same_run(with_full_paths(tiny_run(init="a.pth"), run), run).init == f"{tmp_path}/a.pth"
+    monkeypatch.chdir(run)
+    with pytest.raises(UserError, match="another --init"):
+        check_same_run(with_full_paths(tiny_run(init="../b.pth"), run), run)
 
 
 def test_another_number_of_images_cannot_be_resumed(tiny_run: Make, tmp_path: Path) -> None:

@@ -118,6 +118,24 @@ def _texts(value: object) -> list[str]:
     return [text for inner in values for text in _texts(inner)]
 
 
+def defaults_for(config: C, values: Mapping[str, object]) -> C:
+    """Return a configuration as the defaults of other values of its fields, as typed on a command line or in Python.
+
+    Mean, std and bands belong to channels, dtype and stretch: other ones reset them. Likewise `epochs` replace `steps`.
+
+    Raises:
+        UserError: If there are both `epochs` and `steps`.
+    """
+    own = {name: getattr(config, name) for name in ("channels", "dtype", "stretch")}
+    if any(str(values.get(name, value)) != str(value) for name, value in own.items()):
+        config = replace(config, mean=None, std=None, bands="")
+    if not isinstance(config, PretrainConfig) or not values.get("epochs"):
+        return config
+    if values.get("steps"):
+        raise UserError("epochs and steps both set the length of a run: give one, not both")
+    return replace(config, steps=None)
+
+
 def portable(config: C) -> C:
     """Return a configuration without the data, folders and weights of this machine."""
     if not isinstance(config, PretrainConfig):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pixmim.build import build_model, image_spec
 from pixmim.config import PretrainConfig
-from pixmim.config_io import pretrain_config, to_json
+from pixmim.config_io import to_json
 from pixmim.data import create_loader, open_dataset
 from pixmim.data.bad_images import BadImageLog, merge_logs
 from pixmim.data.caching import choose_cache_location, decoded_bytes
@@ -35,10 +35,9 @@ from pixmim.losses import ReconstructionLoss
 from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel
 from pixmim.models.layer_decay import layer_ids, not_decayed
-from pixmim.report import write_report
 from pixmim.report.gain import gain_summary
 from pixmim.report.reconstruct import reconstruct
-from pixmim.run_folder import PretrainResult, check_length, check_links, open_run
+from pixmim.run_folder import PretrainResult, check_length, open_run, report_run
 from pixmim.stages import build_stages
 from pixmim.training.checkpoint import CheckpointManager, is_multiple_of
 from pixmim.training.distributed import Distributed, init_distributed
@@ -62,10 +61,9 @@ from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import AlreadyReportedError, UserError
 from pixmim.utils.files import write_text_atomically
-from pixmim.utils.lock import locked_folder
 from pixmim.utils.threads import num_threads
 from pixmim.utils.trust import trust_config
-from pixmim.weights.load import build_encoder_with_weights, initialize_from, resolve_model
+from pixmim.weights.load import initialize_from, resolve_model
 from pixmim.weights.save import ENCODER_FOLDER, save_encoder
 
 
@@ -118,36 +116,13 @@ def pretrain(
             step, finished = _train(config, folder, world, console, trackers, on_log, on_step_end)
             if finished and world.is_main:
                 if report:
-                    _report(folder, console, config.data)
+                    report_run(folder, console, config.data)
                 trackers.log_image(step, "reconstructions", partial(_reconstructions, folder, config))
         except UserError as error:
             if world.claim_once(str(error)):
                 raise
             raise AlreadyReportedError(str(error)) from None
     return PretrainResult(config, folder, step, finished)
-
-
-def finish_run(out: str | os.PathLike[str], *, console: Console | None = None) -> PretrainResult:
-    """Finish a run at its newest checkpoint: write its encoder and report. `pretrain` can still resume it.
-
-    Args:
-        out: Folder of the run.
-        console: Prints notes.
-
-    Returns:
-        The run.
-
-    Raises:
-        UserError: If the folder contains no run, or no checkpoint.
-    """
-    folder, console = Path(out), console or Console()
-    check_links(folder)
-    with locked_folder(folder, partial(print_plain, console)):
-        weights = resolve_model(str(folder), with_decoder=True)
-        config = pretrain_config(weights.config, folder)
-        save_encoder(build_encoder_with_weights(weights), folder / ENCODER_FOLDER, config, weights.step, weights.steps)
-        _report(folder, console, None)
-    return PretrainResult(config, folder, weights.step, finished=True)
 
 
 def compute_loss(
@@ -191,7 +166,7 @@ def _train(
     if len(set(counts)) > 1:
         raise UserError(f"the ranks found {', '.join(f'{n:,}' for n in counts)} images: all need the same dataset")
     device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
+    precision = world.broadcast(choose_precision(config.precision, device))  # ranks may have different devices
     model = build_model(config)
     choose_attention(model, device, precision)
     model = model.to(device)
@@ -364,7 +339,3 @@ def _reconstructions(folder: Path, config: PretrainConfig) -> Image:
     data = open_dataset(config.data, image_spec(config), config.shard_cache_gib)
     drawn = reconstruct(resolve_model(str(folder), with_decoder=True), data)
     return labeled_grid(drawn.columns, drawn.names)
-
-
-def _report(folder: Path, console: Console, data: str | None) -> None:
-    write_report([folder], folder / "report.html", data, lambda line: print_plain(console, f"warning: {line}"))

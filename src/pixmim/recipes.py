@@ -19,7 +19,7 @@ from pixmim.config import (
     RecipeInfo,
     TargetConfig,
 )
-from pixmim.config_io import from_dict
+from pixmim.config_io import defaults_for, from_dict
 from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.validation import from_python
 
@@ -44,7 +44,7 @@ def mae_vit(size: Literal["base", "large"], epochs: int) -> PretrainConfig:
 def pixmim_vit(size: Literal["base", "large"], epochs: int) -> PretrainConfig:
     """PixMIM on MAE (arXiv 2303.02416), as its code trains: bilinear resize, and the low-pass of the paper's code.
 
-    The other recipes of PixMIM resize like the method they build on, and use the exact low-pass.
+    The other recipes of PixMIM have a bicubic resize and the exact low-pass.
     """
     config = with_pixmim(mae_vit(size, epochs))
     crop = replace(config.crop, interpolation="bilinear")
@@ -52,7 +52,7 @@ def pixmim_vit(size: Literal["base", "large"], epochs: int) -> PretrainConfig:
 
 
 def with_pixmim(config: PretrainConfig) -> PretrainConfig:
-    """Turn a method into its PixMIM form: simple resized crop, low-frequency target; all other values stay."""
+    """Turn a method into its PixMIM form: simple resized crop (bicubic), low-frequency target; other values stay."""
     target = replace(config.target, kind="low-frequency", radius="auto")
     return replace(config, crop=CropConfig(kind="simple-resized"), target=target)
 
@@ -331,14 +331,8 @@ def get_recipe(name: str, **overrides: Any) -> PretrainConfig:
     if name not in RECIPES:
         raise UserError(f"there is no recipe '{name}'{did_you_mean(name, RECIPES)} Run `pixmim list` for all.")
     entry = RECIPES[name]
-    config = entry.build(os.fspath(overrides.get("init", ""))) if entry.from_init else entry.build()
-    values = asdict(replace(config, recipe=name))
-    if "epochs" in overrides:
-        if overrides.get("steps") is not None:
-            raise UserError("give the length of a run in epochs or in steps, not in both")
-        values["steps"] = None
-    if any(overrides.get(key, values[key]) != values[key] for key in ("channels", "dtype", "stretch")):
-        values |= {"mean": None, "std": None, "bands": ""}  # those of the weights are of other values
+    config = entry.build(os.fspath(overrides.get("init") or "")) if entry.from_init else entry.build()
+    values = asdict(replace(defaults_for(config, overrides), recipe=name))
     for key, value in from_python(PretrainConfig, overrides).items():
         _override(values, key, os.fspath(value) if isinstance(value, os.PathLike) else value)
     return from_dict(PretrainConfig, values, f"get_recipe('{name}')")

@@ -18,6 +18,7 @@ from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config, pretrain_config
 from pixmim.data.uri import absolute
 from pixmim.evaluation.best import BEST_FOLDER, BEST_WEIGHTS, Best, read_best
+from pixmim.report import write_report
 from pixmim.training.distributed import Distributed
 from pixmim.training.metric_logger import read_metrics
 from pixmim.training.optim import Schedule
@@ -27,8 +28,8 @@ from pixmim.utils.errors import UserError
 from pixmim.utils.lock import locked_folder
 from pixmim.utils.trust import inside
 from pixmim.weights.detect import read_run
-from pixmim.weights.load import load_encoder
-from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS
+from pixmim.weights.load import build_encoder_with_weights, load_encoder, resolve_model
+from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS, save_encoder
 
 FILES = (
     *("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", ID_FILE, "tensorboard"),
@@ -76,6 +77,34 @@ class PretrainResult:
         return load_encoder(self.folder)
 
 
+def finish_run(out: str | os.PathLike[str], *, console: Console | None = None) -> PretrainResult:
+    """Finish a run at its newest checkpoint: write its encoder and report. `pretrain` can still resume it.
+
+    Args:
+        out: Folder of the run.
+        console: Prints notes.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: If the folder contains no run, or no checkpoint.
+    """
+    folder, console = Path(os.path.expanduser(out)), console or Console()
+    check_links(folder)
+    with locked_folder(folder, partial(print_plain, console)):
+        weights = resolve_model(str(folder), with_decoder=True)
+        config = pretrain_config(weights.config, folder)
+        save_encoder(build_encoder_with_weights(weights), folder / ENCODER_FOLDER, config, weights.step, weights.steps)
+        report_run(folder, console)
+    return PretrainResult(config, folder, weights.step, finished=True)
+
+
+def report_run(folder: Path, console: Console, data: str | None = None) -> None:
+    """Write report.html of a run. `data` is as for `write_report`."""
+    write_report([folder], folder / "report.html", data, lambda line: print_plain(console, f"warning: {line}"))
+
+
 def open_run(
     config: PretrainConfig, out: str, world: Distributed, stack: ExitStack, console: Console, *, resume: bool
 ) -> tuple[PretrainConfig, Path]:
@@ -110,7 +139,7 @@ def open_run(
         raise UserError(f"{folder / 'config.json'} does not exist: resume=True needs an existing run")
     else:
         check_new_run(folder)
-        config, lines = with_dataset_stats(config)
+        config, lines = world.broadcast(with_dataset_stats(config))  # each machine may have its own cache directory
         for line in lines:
             print_plain(console, line)
     world.gather(None)  # every rank has checked the folder before rank 0 writes to it
@@ -119,11 +148,11 @@ def open_run(
 
 def lock_run_folder(out: str, recipe: str, world: Distributed, stack: ExitStack, console: Console) -> Path:
     """Lock the folder of a run, or a new one, until `stack` is closed; return it. See `open_run`."""
-    folder, problem = out, ""
+    folder, problem = os.path.expanduser(out), ""
     if world.is_main:
         stem = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
         for number in count(1):
-            folder = out or (f"{stem}-{number}" if number > 1 else stem)
+            folder = folder if out else (f"{stem}-{number}" if number > 1 else stem)
             try:
                 stack.enter_context(locked_folder(Path(folder), partial(print_plain, console), new=not out))
             except FileExistsError:
@@ -153,9 +182,11 @@ def check_links(out: Path) -> None:
 
 
 def with_full_paths(config: PretrainConfig, out: Path) -> PretrainConfig:
-    """Return the configuration with `out`, and with absolute paths of datasets."""
-    knn = replace(config.knn, train=absolute(config.knn.train), test=absolute(config.knn.test))
-    return replace(config, out=str(out), data=absolute(config.data), knn=knn)
+    """Return the configuration with `out`, and with absolute paths of datasets and initial weights."""
+    knn, init = replace(config.knn, train=absolute(config.knn.train), test=absolute(config.knn.test)), config.init
+    if init and not init.startswith(("timm:", "hf:")):
+        init = os.path.abspath(os.path.expanduser(init))
+    return replace(config, out=str(out), data=absolute(config.data), init=init, knn=knn)
 
 
 def check_same_run(config: PretrainConfig, out: Path, *, resume: bool = False) -> PretrainConfig:
@@ -172,11 +203,11 @@ def check_same_run(config: PretrainConfig, out: Path, *, resume: bool = False) -
     Raises:
         UserError: If a field differs that affects the result.
     """
-    started, _ = load_config(out / "config.json")
-    config = replace(config, mean=config.mean or started.mean, std=config.std or started.std)
+    started = with_full_paths(load_config(out / "config.json")[0], out)
     allowed = MAY_CHANGE | {"epochs", "steps"} if resume else MAY_CHANGE - {"data"}
     for name in (field.name for field in fields(PretrainConfig)):
-        if name in allowed or getattr(config, name) == getattr(started, name):
+        own, unset = getattr(config, name), (None,) if name in ("mean", "std") else ()
+        if name in allowed or own in (*unset, getattr(started, name)):
             continue
         flag = f"--{name.replace('_', '-')}"
         if resume:
@@ -185,7 +216,7 @@ def check_same_run(config: PretrainConfig, out: Path, *, resume: bool = False) -
             f"{out} holds a run with another {flag}: choose another --out, or resume that one with "
             f"--resume {shlex.quote(str(out))}"
         )
-    return config
+    return replace(config, mean=config.mean or started.mean, std=config.std or started.std)
 
 
 def check_length(out: Path, schedule: Schedule, step: int, images: int) -> list[str]:

@@ -101,6 +101,8 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--device", "cuda:99"], "--device cuda:99"),
         (["pretrain", "--resume", "/no/run"], "there is no /no/run/config.json"),
         (["pretrain", "demo", "--resume", "/no/run"], "leave out 'demo'"),
+        (["pretrain", "--data", "shapes:", "demo"], "write the recipe 'demo' before all flags"),
+        (["pretrain", "--resume", "/no/run", "--out", "/no/other"], "leave out --out /no/other"),
         (["evaluate", "knn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "/no/run does not exist"),
         (["evaluate", "kn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "did you mean 'knn'"),
         (["evaluate", "knn", "--train", "shapes:", "--test", "shapes:"], "no model given"),
@@ -113,6 +115,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--std", "1", "0", "1"], "--std must be a number from 1e-12"),
         (["stats", "/no/such"], "/no/such"),
         (["cache", "shapes:count=2", "c", "--dtype", "uint16"], "--raw"),
+        (["cache", "shapes:count=2", "c", "--size", "4", "--dtype", "uint16"], "--raw"),  # not --crop.padding
         (["embed", "/no/run", "--data", "shapes:", "--out", "f.npy"], "/no/run does not exist"),
         (["report"], "no run given"),
         (["report", "/no/run"], "is not a run"),

@@ -27,5 +27,5 @@ def skip_report(patch: Callable[[str, object], None]) -> None:
     def write_report(folders: list[Path], page: Path, *_: object, **__: object) -> Path:
         return page
 
-    for module in ("report", "pretraining", "api"):
+    for module in ("report", "run_folder", "api"):
         patch(f"pixmim.{module}.write_report", write_report)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pixmim import cli, pretraining
+from pixmim import cli, run_folder
 from pixmim.data.loader import Batch, BatchLoader
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.training.checkpoint import CheckpointManager
@@ -149,7 +149,7 @@ def script(path: str, *args: str) -> None:
 
 def command_without_report(*args: str) -> None:
     """Run a command that skips the report at its end."""
-    pretraining.write_report = lambda folders, page, *_: page
+    run_folder.write_report = lambda folders, page, *_: page
     command(*args)
 
 
@@ -220,6 +220,6 @@ def _rank(out: str, *args: str) -> None:
         return batch
 
     BatchLoader.__next__ = recorded  # type: ignore[method-assign,assignment]
-    pretraining.write_report = lambda folders, page, *_: page
+    run_folder.write_report = lambda folders, page, *_: page
     if status := cli.main(["pretrain", *args]):
         exit_now(status)

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from pixmim.cli.flags import ChoiceFlags
 from pixmim.config import PretrainConfig
-from pixmim.config_io import load_config
+from pixmim.config_io import defaults_for, load_config
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.training.trackers import TrackerName
 from pixmim.utils.console import print_plain
@@ -30,19 +30,16 @@ class Flags(NamedTuple):
 
 def read_flags(args: list[str]) -> Flags:
     """Parse the flags of `pixmim pretrain`, with defaults from a recipe or the run to resume. Raises UserError."""
-    resumed = _value_of("--resume", args)
+    given = _values(args)
+    resumed = given.get("resume", "")
     recipe = args[0] if args and not args[0].startswith("-") else ""
     if resumed and recipe:
         raise UserError(f"--resume uses the recipe of {resumed}: leave out '{recipe}'")
-    init = _value_of("--init", args)
+    if resumed and Path(given.get("out", resumed)) != Path(resumed):
+        raise UserError(f"--resume writes to {resumed}: leave out --out {given['out']}")
+    init = given.get("init", "")
     base, text = load_config(Path(resumed) / "config.json") if resumed else _load_recipe(recipe, init)
-    given = ((_value_of(f"--{name}", args), str(getattr(base, name))) for name in ("channels", "dtype", "stretch"))
-    if not resumed and any(value not in ("", of_base) for value, of_base in given):
-        base = replace(base, mean=None, std=None, bands="")  # as `get_recipe`: those of weights are of other values
-    if _value_of("--epochs", args):  # a length in epochs replaces a recipe's length in steps
-        if _value_of("--steps", args):
-            raise UserError("--epochs and --steps both set the length of a run: pass one, not both")
-        base = replace(base, steps=None)
+    base = defaults_for(base, given)
 
     def command(
         name: Annotated[Positional[str], arg(metavar="RECIPE")] = "",
@@ -53,7 +50,7 @@ def read_flags(args: list[str]) -> Flags:
         track: tuple[TrackerName, ...] = (),
         choice: Annotated[ChoiceFlags, arg(name="")] = ChoiceFlags(),  # noqa: B008
         config: Annotated[PretrainConfig, arg(name="")] = base,
-    ) -> tuple[bool, tuple[TrackerName, ...], ChoiceFlags, PretrainConfig]:
+    ) -> tuple[str, bool, tuple[TrackerName, ...], ChoiceFlags, PretrainConfig]:
         """Pre-train a backbone on unlabeled images.
 
         Args:
@@ -64,18 +61,20 @@ def read_flags(args: list[str]) -> Flags:
             choice: Images of --data to choose by their names.
             config: Settings.
         """
-        return finish, track, choice, config
+        return name, finish, track, choice, config
 
-    finish, track, choice, config = tyro.cli(command, prog="pixmim pretrain", args=args)
+    name, finish, track, choice, config = tyro.cli(command, prog="pixmim pretrain", args=args)
     config = replace(config, model=replace(config.model, options={**base.model.options, **config.model.options}))
+    if name != recipe:
+        raise UserError(f"write the recipe '{name}' before all flags, and leave it out with --resume")
     if finish and not resumed:
         raise UserError("--finish needs an existing run: pixmim pretrain --resume RUN --finish")
     if not resumed and not recipe:
         raise UserError("no recipe given: for your own images use pixmim-vit-small, or another one of `pixmim list`")
     if not resumed and not config.data:
         raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
-    typed = {flag for flag in config.named if any(word.split("=")[0] == flag for word in args)}
-    untrusted = untrusted_references(text, {flag: value for flag, value in config.named.items() if flag not in typed})
+    named = {flag: value for flag, value in config.named.items() if flag.removeprefix("--") not in given}
+    untrusted = untrusted_references(text, named)
     if untrusted and not finish:
         raise UserError(f"{refusal(resumed or recipe, untrusted)}. Pass these flags, or others in their place")
     config = replace(config, data=choice.choose(config.data))
@@ -85,8 +84,8 @@ def read_flags(args: list[str]) -> Flags:
 def pretrain(args: list[str]) -> int:
     """Train, resume or finish a run."""
     config, resumed, finish, track = read_flags(args)
-    from pixmim.pretraining import finish_run
     from pixmim.pretraining import pretrain as train
+    from pixmim.run_folder import finish_run
     from pixmim.training.distributed import find_rank
 
     console = Console(quiet=not find_rank().is_main)
@@ -123,10 +122,11 @@ def _load_recipe(name: str, init: str) -> tuple[PretrainConfig, str]:
     return get_recipe(name, init=init), ""
 
 
-def _value_of(flag: str, args: list[str]) -> str:
+def _values(args: list[str]) -> dict[str, str]:
+    """Return the word after each flag, by its name; of a repeated flag the last one, as tyro does."""
+    values = {}
     for word, following in zip(args, [*args[1:], ""], strict=False):
-        if word.startswith(flag + "="):
-            return word.removeprefix(flag + "=")
-        if word == flag:
-            return following
-    return ""
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            values[name] = value if equals else following
+    return values
