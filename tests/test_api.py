@@ -22,6 +22,7 @@ import pixmim
 from pixmim import api
 from pixmim.config import ModelConfig, OnlineKnnConfig, OptimConfig, PretrainConfig
 from pixmim.config_io import from_json, to_json
+from pixmim.run_folder import finish_run
 from pixmim.utils.errors import UserError
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import import_weights
@@ -71,7 +72,7 @@ def test_a_recipe_takes_dotted_and_nested_overrides() -> None:
         ({"batchsize": 3}, "did you mean 'batch_size'"),
         ({"optim.base_lrr": 3}, "optim.base_lrr.*did you mean 'base_lr'"),
         ({"optim": 3}, "'optim' must be an object"),
-        ({"steps": 3, "epochs": 3}, "not in both"),
+        ({"steps": 3, "epochs": 3}, "not both"),
     ],
 )
 def test_a_mistake_in_an_override_is_named(overrides: dict[str, Any], message: str) -> None:
@@ -221,6 +222,20 @@ def test_each_model_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.
     (first / "evaluations/knn.json").write_text('{"model": "w_1.pth"}')
     assert api._result_folders(["w_1.pth"], None)["w_1.pth"] == first
     assert api._result_folders(["/w_1.pth"], None)["/w_1.pth"] != first  # in a call of its own
+
+
+def test_one_model_is_a_list_of_one_and_a_home_folder_is_found(
+    result: pixmim.PretrainResult, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folders, page = pixmim.evaluate_to_folder(result.folder, "knn", "~/knn", console=QUIET, **LABELLED)
+    assert (folders, page) == ([tmp_path / "knn"], tmp_path / "knn/report.html")
+    pixmim.evaluate(result, "knn", out="~/one", console=QUIET, **LABELLED)
+    pixmim.embed_to_file(result, "shapes:count=2,size=32", "~/x.npy", console=QUIET)
+    run = pixmim.pretrain(tiny_run(steps=1), "~/run", console=QUIET, report=False)
+    assert run.folder == tmp_path / "run" and finish_run("~/run", console=QUIET).folder == run.folder
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["knn", "one", "run", "x.csv", "x.npy"]
 
 
 def test_embed_returns_a_row_for_each_readable_image(

@@ -83,19 +83,20 @@ def evaluate(
     """
     check_name(evaluation)
     parts = _evaluations(evaluation, settings)
-    if out is not None:
-        _check_folder(Path(out))
+    folder = None if out is None else _path(out)
+    if folder is not None:
+        _check_folder(folder)
     encoder = _encoder(model, device, precision)
     with TemporaryDirectory(prefix="pixmim-") as scratch:
-        context = EvalContext(encoder, Path(out or scratch), "trained", console or Console())
+        context = EvalContext(encoder, folder or Path(scratch), "trained", console or Console())
         (result,) = measure(context, _name(model), parts)
-        if out is not None:
-            save(result, Path(out))
+        if folder is not None:
+            save(result, folder)
     return result.values
 
 
 def evaluate_to_folder(
-    models: Sequence[str | os.PathLike[str]],
+    models: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     evaluation: str,
     out: str | os.PathLike[str] | None = None,
     *,
@@ -110,7 +111,7 @@ def evaluate_to_folder(
     """Evaluate encoders side by side, save each result, and write one report. Resumes if it was interrupted.
 
     Args:
-        models: Runs' folders, files of weights, timm:NAME or hf:NAME.
+        models: Runs' folders, files of weights, timm:NAME or hf:NAME; one, or several.
         evaluation: As for `evaluate`, or "all".
         out: Folder for results and report. By default results are saved in a run's folder, or in evaluations/MODEL, and
             the report of several models in report.html.
@@ -129,10 +130,11 @@ def evaluate_to_folder(
         UserError: As for `evaluate`, before the first evaluation starts.
     """
     parts, console = _evaluations(evaluation, settings), console or Console()
-    names = list(dict.fromkeys(os.fspath(model) for model in models))
+    several = [models] if isinstance(models, str | os.PathLike) else models
+    names = list(dict.fromkeys(os.fspath(model) for model in several))
     if not names:
         raise UserError("no model is given: pass a run, a file of weights, timm:NAME or hf:NAME")
-    root = Path(out) if out is not None else None
+    root = _path(out) if out is not None else None
     folders = _result_folders(names, root)
     page = report_path(list(folders.values()), root / "report.html" if root else None)
     check_output(page, mark=DATA_MARK)
@@ -239,7 +241,7 @@ def embed_to_file(
     options["thumbnails"] = thumbnails
     if dataset.left_out:
         print_plain(console, dataset.left_out)
-    for line in write_embeddings(weights, dataset, Path(out), features, batch=batch_size, **options):
+    for line in write_embeddings(weights, dataset, _path(out), features, batch=batch_size, **options):
         print_plain(console, line)
 
 
@@ -364,6 +366,11 @@ def _name(model: AnyEncoder) -> str:
     if isinstance(model, nn.Module):
         return type(model).__name__
     return str(model.folder if isinstance(model, PretrainResult) else os.fspath(model))
+
+
+def _path(out: str | os.PathLike[str]) -> Path:
+    """Return a path, in the home folder if it begins with ~, as shells do."""
+    return Path(os.path.expanduser(out))
 
 
 def _open(data: Images, spec: ImageSpec) -> ImageDataset:
