@@ -24,6 +24,7 @@ MAX_CHARACTERS = 2**20
 _TYPES: dict[str, type[ModelConfig]] = {"pixmim.PretrainConfig": PretrainConfig, "pixmim.ModelConfig": ModelConfig}
 
 C = TypeVar("C", bound=ModelConfig)
+T = TypeVar("T")
 
 
 def to_json(config: ModelConfig) -> str:
@@ -78,10 +79,31 @@ def from_json(text: str, source: str | Path = "the configuration") -> ModelConfi
     return from_dict(_TYPES[content.pop("type")], content, source)
 
 
-def from_dict(cls: type[C], values: dict[str, Any], source: str | Path) -> C:
-    """Build a configuration from nested dictionaries. Raises UserError as `from_json` does."""
-    config: C = _build(cls, values, "", str(source))
-    return config
+def from_dict(cls: type[T], values: Any, source: str | Path, prefix: str = "") -> T:
+    """Build a configuration, or the part of one whose names have a prefix, from nested dictionaries.
+
+    Each value is checked before it reaches a constructor. Raises UserError as `from_json` does.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: '{prefix.rstrip('.') or 'the configuration'}' must be an object of keys and values")
+    hints, fields = hints_of(cls), dict[str, Any]()  # type: ignore[arg-type]
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{source}: unknown key {shown(prefix + key)}{did_you_mean(key, hints)}")
+        options = _options(hints[key])
+        nested: Any = next((option for option in options if is_dataclass(option)), None)
+        if nested is not None and not (value is None and type(None) in options):
+            fields[key] = from_dict(nested, value, source, f"{prefix}{key}.")
+            continue
+        fields[key] = _from_json_type(value, options)
+        try:
+            check_value("--" + f"{prefix}{key}".replace("_", "-"), fields[key], hints[key])
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+    try:
+        return cls(**fields)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def pretrain_config(config: ModelConfig, source: str | Path) -> PretrainConfig:
@@ -104,18 +126,11 @@ def load_config(path: Path) -> tuple[PretrainConfig, str]:
         raise UserError(f"there is no {path}")
     text = read_config_text(path)
     config = pretrain_config(from_json(text, path), path)
-    unprintable = [word for word in _texts(asdict(config)) if printable(word) != word]
+    words = [value for _, value in flatten(asdict(config)) if isinstance(value, str)]
+    unprintable = [word for word in words if printable(word) != word]
     if unprintable and not is_trusted(text):  # --help would print them as defaults
         raise UserError(f"{path} contains control characters: {shown(unprintable[0])}")
     return config, text
-
-
-def _texts(value: object) -> list[str]:
-    """Return all texts in nested settings."""
-    if isinstance(value, str):
-        return [value]
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [text for inner in values for text in _texts(inner)]
 
 
 def defaults_for(config: C, values: Mapping[str, object]) -> C:
@@ -142,30 +157,6 @@ def portable(config: C) -> C:
         return config
     init = config.init if config.init.startswith(("timm:", "hf:")) else ""
     return replace(config, data="", out="", init=init, knn=OnlineKnnConfig())
-
-
-def _build(cls: Any, values: Any, prefix: str, source: str) -> Any:
-    """Build a dataclass from a dictionary, checking each value before it reaches a constructor."""
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: '{prefix.rstrip('.') or 'the configuration'}' must be an object of keys and values")
-    hints, fields = hints_of(cls), {}
-    for key, value in values.items():
-        if key not in hints:
-            raise UserError(f"{source}: unknown key {shown(prefix + key)}{did_you_mean(key, hints)}")
-        options = _options(hints[key])
-        nested = next((option for option in options if is_dataclass(option)), None)
-        if nested is not None and not (value is None and type(None) in options):
-            fields[key] = _build(nested, value, f"{prefix}{key}.", source)
-            continue
-        fields[key] = _from_json_type(value, options)
-        try:
-            check_value("--" + f"{prefix}{key}".replace("_", "-"), fields[key], hints[key])
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
-    try:
-        return cls(**fields)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

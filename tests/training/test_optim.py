@@ -1,8 +1,9 @@
-"""Test steps against torch's AdamW, clipping and GradScaler, skipped steps, and learning rate schedules."""
+"""Test steps against torch's AdamW, a slow LARS and timm's LAMB, skipped steps, and learning rate schedules."""
 
 from dataclasses import replace
 
 import pytest
+import timm.optim
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
@@ -12,7 +13,7 @@ from pixmim.evaluation.finetune.recipes import FINETUNE_RECIPES
 from pixmim.models import create_model
 from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.recipes import get_recipe
-from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw, adamw_by_layer
+from pixmim.training.optim import LAMB, LARS, Schedule, SyncFreeOptimizer, adamw, adamw_by_layer
 from pixmim.training.precision import choose_device, choose_precision
 from pixmim.utils.errors import UserError
 
@@ -245,3 +246,64 @@ def test_the_schedule_follows_the_warm_up_of_the_decoder() -> None:
     assert Schedule.of(replace(config, steps=20), images=100).decoder == 4  # at most a fifth
     dropped = Schedule.of(replace(config, optim=replace(config.optim, schedule="step", lr_drop_at=0.5)), images=100)
     assert [dropped.lr(step) for step in (54, 55)] == [1.0, 0.1]
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+
+
+def trained_by(kind: type, steps: int, scaling: bool = False, spoil: int = -1, **options: object) -> nn.Module:
+    model = network()
+    optimizer = SyncFreeOptimizer(kind(model.parameters(), lr=1.0, **options), None, scaling, CPU)
+    for step in range(steps):
+        x = batch(step) * (float("nan") if step == spoil else 1.0)
+        optimizer.backward(model(x).square().mean())
+        optimizer.step(0.5 * (step + 1))
+    return model
+
+
+@pytest.mark.parametrize("scaling", [False, True])
+def test_lars_by_hand(scaling: bool) -> None:
+    """Matrices take a step of 0.001 times their norm, with momentum; biases and norms take the plain gradient."""
+    model = network().double()
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    for step in range(6):
+        model.zero_grad()
+        model(batch(step).double()).square().mean().backward()
+        for p, v in zip(model.parameters(), velocity, strict=True):
+            assert p.grad is not None
+            g = p.grad.clone()
+            if p.ndim == 2:
+                g *= 0.001 * sum(float(x) ** 2 for x in p.detach().flatten()) ** 0.5
+                g /= sum(float(x) ** 2 for x in p.grad.flatten()) ** 0.5
+            v.mul_(0.9).add_(g)
+            p.data -= 0.5 * (step + 1) * v
+    for p, expected in zip(trained_by(LARS, 6, scaling).parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, expected.float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [False, True])
+def test_lamb_is_timms(scaling: bool) -> None:
+    def groups(model: nn.Module) -> list[dict[str, object]]:
+        decayed, plain = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+        return [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+
+    model, reference = network(), network()
+    optimizer = SyncFreeOptimizer(LAMB(groups(model), lr=1.0), None, scaling, CPU)
+    other = timm.optim.Lamb(groups(reference), lr=1.0, eps=1e-8, max_grad_norm=None)
+    for step in range(6):
+        optimizer.backward(model(batch(step)).square().mean())
+        optimizer.step(0.01)
+        other.zero_grad()
+        reference(batch(step)).square().mean().backward()
+        for group in other.param_groups:
+            group["lr"] = 0.01
+        other.step()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [LARS, LAMB])
+def test_lars_and_lamb_skip_a_bad_gradient(optimizer: type) -> None:
+    for a, b in zip(trained_by(optimizer, 4, spoil=3).parameters(), trained_by(optimizer, 3).parameters(), strict=True):
+        assert torch.equal(a, b)

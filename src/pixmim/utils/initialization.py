@@ -17,12 +17,9 @@ Module = TypeVar("Module", bound=nn.Module)
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator within a `with` statement, and restore its state afterwards."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        torch.set_rng_state(state)
 
 
 class WithoutInitialization(TorchFunctionMode):
