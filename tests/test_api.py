@@ -183,6 +183,7 @@ def test_wrong_values_are_refused_as_by_the_command(result: pixmim.PretrainResul
         ("count must be", lambda: pixmim.reconstruct(folder, data, count=0)),
         ("--images must be", lambda: pixmim.advise(data, images=0)),
         ("no model is given", lambda: pixmim.evaluate_to_folder([], "knn", **LABELLED)),
+        ("no images given", lambda: pixmim.embed(result, [], console=QUIET)),
         ("not a module", lambda: pixmim.reconstruct(result.encoder, data)),  # type: ignore[arg-type]
     ]
     (tmp_path / "f.csv").write_text("mine")

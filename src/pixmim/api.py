@@ -376,6 +376,8 @@ def _path(out: str | os.PathLike[str]) -> Path:
 def _open(data: Images, spec: ImageSpec) -> ImageDataset:
     if isinstance(data, str | os.PathLike):
         return open_dataset(absolute(os.fspath(data)), spec)
+    if not data:
+        raise UserError("no images given: the list of files and folders is empty")
     return from_paths([Path(path) for path in data], spec)
 
 

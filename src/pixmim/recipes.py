@@ -334,7 +334,7 @@ def get_recipe(name: str, **overrides: Any) -> PretrainConfig:
     config = entry.build(os.fspath(overrides.get("init") or "")) if entry.from_init else entry.build()
     values = asdict(replace(defaults_for(config, overrides), recipe=name))
     for key, value in from_python(PretrainConfig, overrides).items():
-        _override(values, key, os.fspath(value) if isinstance(value, os.PathLike) else value)
+        _override(values, key, value)
     return from_dict(PretrainConfig, values, f"get_recipe('{name}')")
 
 
@@ -348,4 +348,4 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
         for part, new in value.items():
             _override(inner, part, new)
     else:
-        values[key] = value
+        values[key] = os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -27,7 +27,7 @@ from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.metric_logger import read_metrics
 from pixmim.training.preemption import Interrupted, PreemptionHandler
 from pixmim.utils import process
-from pixmim.utils.threads import ThreadPool
+from pixmim.utils.threads import ThreadPool, num_threads
 from pixmim.weights import save
 
 Make = Callable[..., PretrainConfig]
@@ -194,6 +194,19 @@ def test_signal_handlers_are_restored_after_a_command() -> None:
         signal.raise_signal(signal.SIGTERM)
     assert handler.requested and [signal.getsignal(number) for number in numbers] == before
     assert not process.deferring
+
+
+def test_threads_are_those_of_the_cores_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    assert [num_threads(0), num_threads(0, processes=8), num_threads(0, processes=99), num_threads(40)] == [
+        12,
+        8,
+        1,
+        40,
+    ]
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS, Windows
+    assert [num_threads(0), num_threads(0, processes=8)] == [16, 8]
 
 
 def test_a_pool_that_is_closed_early_abandons_a_stuck_thread(monkeypatch: pytest.MonkeyPatch) -> None:

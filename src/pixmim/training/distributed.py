@@ -120,7 +120,7 @@ class Distributed:
         if self.size == 1:
             return True
         try:
-            return int(self.store.add("said/" + hashlib.sha256(text.encode()).hexdigest(), 1)) == 1
+            return int(self.store.add("reported/" + hashlib.sha256(text.encode()).hexdigest(), 1)) == 1
         except RuntimeError:  # the process that hosts the store has ended
             return True
 

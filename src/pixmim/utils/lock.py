@@ -23,14 +23,14 @@ BEAT, STILL = 3.0, 90.0
 
 
 @contextmanager
-def locked_folder(folder: Path, say: Callable[[str], None] = lambda text: None, new: bool = False) -> Iterator[None]:
+def locked_folder(folder: Path, notify: Callable[[str], None] = lambda text: None, new: bool = False) -> Iterator[None]:
     """Hold the lock of a folder during a block. A process that loses its lock to another one is terminated.
 
     The folder is created if necessary. At the end it is removed again if it was created here and is empty.
 
     Args:
         folder: The folder.
-        say: Function that prints a line if the holder of an existing lock must be observed first.
+        notify: Function that prints a line if the holder of an existing lock must be observed first.
         new: Whether the folder must not exist yet.
 
     Raises:
@@ -46,7 +46,7 @@ def locked_folder(folder: Path, say: Callable[[str], None] = lambda text: None, 
         on_compromise=lambda lost: os.kill(os.getpid(), signal.SIGTERM),
         thread_local=False,
     )
-    _acquire(lease, path, say)
+    _acquire(lease, path, notify)
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ def locked_folder(folder: Path, say: Callable[[str], None] = lambda text: None, 
                 folder.rmdir()
 
 
-def _acquire(lease: SoftFileLease, path: Path, say: Callable[[str], None]) -> None:
+def _acquire(lease: SoftFileLease, path: Path, notify: Callable[[str], None]) -> None:
     """Acquire a lock. Raise UserError as soon as its holder renews it, which only a running process does."""
     first, polls = _modified(path), 0
 
@@ -64,7 +64,7 @@ def _acquire(lease: SoftFileLease, path: Path, say: Callable[[str], None]) -> No
         nonlocal polls
         polls += 1
         if polls == 10:
-            say(f"{path.parent} is locked: checking for up to {STILL:.0f} s whether its process is running")
+            notify(f"{path.parent} is locked: checking for up to {STILL:.0f} s whether its process is running")
         return _modified(path) not in (first, None)
 
     try:
