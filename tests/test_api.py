@@ -63,6 +63,7 @@ def test_a_recipe_takes_dotted_and_nested_overrides() -> None:
         crop=replace(base.crop, flip=0.0),
     )
     assert pixmim.get_recipe("demo", model={"options": {"depth": 2}}).model.options == base.model.options | {"depth": 2}
+    assert pixmim.get_recipe("demo", knn={"train": Path("a")}).knn.train == "a"
     assert pixmim.get_recipe("demo", channels=4, mean=(0.5,) * 4).channels == 4  # checked together
 
 

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
+from helpers.cli import say
 from helpers.runs import equal, train, weights
 from pixmim.build import build_model
 from pixmim.config import CheckpointConfig, OnlineKnnConfig, OptimConfig, PretrainConfig, RecipeInfo
@@ -182,6 +183,21 @@ class _SecondRank(Distributed):
 def test_all_ranks_have_the_statistics_of_the_first(tiny_run: Make, tmp_path: Path) -> None:
     config, _ = open_run(tiny_run(), str(tmp_path), _SecondRank(1, 2), ExitStack(), Console(quiet=True), resume=False)
     assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_a_run_is_not_written_among_its_own_images(
+    tiny_run: Make, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reconstructions would be images of the next run."""
+    monkeypatch.chdir(pictures)
+    data = f"shapes:count=9+{pictures},exclude=*.png*2"
+    for out in (pictures, pictures / "new/run", None):  # None: runs/NAME-TIME in the working directory
+        with pytest.raises(UserError, match=rf"is inside --data {pictures}, .*--out"):
+            train(tiny_run(data=data), out)  # type: ignore[arg-type]
+    status, text = say(capsys, "slurm", "demo", "--data", ".", "--gpus", "1")
+    assert status == 1 and "is inside --data ." in text
+    assert not list(pictures.rglob("*.json")) and not list(pictures.rglob("slurm.sh"))
+    train(tiny_run(data=str(pictures), steps=1), pictures.parent / f"{pictures.name}-run")
 
 
 def test_initial_weights_are_the_same_file_from_any_folder(

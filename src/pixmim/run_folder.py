@@ -16,7 +16,7 @@ from torch import nn
 from pixmim.build import with_dataset_stats
 from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config, pretrain_config
-from pixmim.data.uri import absolute
+from pixmim.data.uri import absolute, read_parts, split_options
 from pixmim.evaluation.best import BEST_FOLDER, BEST_WEIGHTS, Best, read_best
 from pixmim.report import write_report
 from pixmim.training.distributed import Distributed
@@ -122,8 +122,8 @@ def open_run(
         The configuration, with absolute paths, and the mean and std of the run or the dataset; and the folder.
 
     Raises:
-        UserError: If another process uses the folder, if it cannot be created, or if it contains another run or files
-            that the run would overwrite.
+        UserError: If another process uses the folder, if it cannot be created, if it contains another run or files
+            that the run would overwrite, or if a new one is inside the data.
     """
     if config.optim.decoder_warmup and not config.init:
         raise UserError(
@@ -139,6 +139,7 @@ def open_run(
         raise UserError(f"{folder / 'config.json'} does not exist: resume=True needs an existing run")
     else:
         check_new_run(folder)
+        check_outside_data(folder, config.data)
         config, lines = world.broadcast(with_dataset_stats(config))  # each machine may have its own cache directory
         for line in lines:
             print_plain(console, line)
@@ -173,6 +174,17 @@ def check_new_run(out: Path) -> None:
     for name in (*FILES, "report.html", "reconstructions"):
         if os.path.lexists(out / name):
             raise UserError(f"{out / name} already exists and belongs to no run: choose another --out")
+
+
+def check_outside_data(out: Path, data: str) -> None:
+    """Raise UserError if a new run would write its drawings into a folder of its own images."""
+    for part in read_parts(data):
+        folder = Path(split_options(part.source)[0])
+        if os.path.isdir(folder) and out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{out} is inside --data {folder}, and what a run draws would become images of the data: pass an --out "
+                "outside of it"
+            )
 
 
 def check_links(out: Path) -> None:

@@ -88,11 +88,13 @@ def slurm(args: list[str]) -> int:
         words += ["--out", str(out)]
     if not config.threads:
         words += ["--threads", str(job.cpus)]
+    from pixmim.run_folder import check_outside_data, check_same_run, with_full_paths
+
     exists = (out / "config.json").exists()
     if exists:
-        from pixmim.run_folder import check_same_run, with_full_paths
-
         check_same_run(with_full_paths(config, out), out)
+    else:
+        check_outside_data(out, config.data)
     from pixmim.build import build_model
     from pixmim.stages import build_stages
     from pixmim.utils.initialization import build_on_meta
