@@ -175,9 +175,7 @@ class _SecondRank(Distributed):
     """Rank 1 of 2, where `pixmim stats` has measured nothing."""
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
-        is_config = isinstance(value, tuple) and isinstance(value[0], PretrainConfig)
-        first = (replace(value[0], mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)), []) if is_config else value
-        return [first, value]
+        return [((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) if value == (None, None) else value, value]
 
 
 def test_all_ranks_have_the_statistics_of_the_first(tiny_run: Make, tmp_path: Path) -> None:

@@ -140,11 +140,12 @@ def open_run(
     else:
         check_new_run(folder)
         check_outside_data(folder, config.data)
-        config, lines = world.broadcast(with_dataset_stats(config))  # each machine may have its own cache directory
+        config, lines = with_dataset_stats(config)
         for line in lines:
             print_plain(console, line)
-    world.gather(None)  # every rank has checked the folder before rank 0 writes to it
-    return config, folder
+    # Every rank has checked the folder before rank 0 writes to it. Machines may differ in what `pixmim stats` saved.
+    mean, std = world.broadcast((config.mean, config.std))
+    return replace(config, mean=mean, std=std), folder
 
 
 def lock_run_folder(out: str, recipe: str, world: Distributed, stack: ExitStack, console: Console) -> Path:
