@@ -190,7 +190,6 @@ def test_unreadable_images_are_left_out_and_classes_matched_by_name(context: Eva
     found = dict(EVALUATIONS["attentive"].run(context, AttentiveSettings(data[0], data[1], epochs=1)))
     assert {name for name in found if name.startswith("recall/")} == {"recall/b", "recall/c"}
     assert found["majority"] == pytest.approx(100 * 4 / 7)
-    assert "1 of the 8 images" in context.console.file.getvalue()  # type: ignore[union-attr]
     assert "0.png" in (tmp_path / "evaluations-skipped.csv").read_text()
 
 

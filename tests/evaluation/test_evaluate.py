@@ -38,7 +38,7 @@ from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder,
 from pixmim.evaluation.knn import classify, knn
 from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep, standardize
 from pixmim.evaluation.results import save
-from pixmim.evaluation.settings import EvaluateAllSettings
+from pixmim.evaluation.settings import EvaluateAllSettings, FinetuneOverrides
 from pixmim.report.results import ModelResults, circumstances, compare
 from pixmim.training.metric_logger import read_metrics
 from pixmim.training.precision import autocast
@@ -270,6 +270,35 @@ def test_meaningless_data_are_refused_by_every_evaluation(
         run, _ = load_config(product / "config.json")
         with pytest.raises(UserError, match=r"--knn\.train and --knn\.test: .* has a single class, 'b'"):
             online_knn(replace(run, knn=replace(run.knn, every=1.0, train=good, test=str(Path(good).parent / "alone"))))
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("knn", {}),
+        ("linear", {"protocol": "mae", "epochs": 1}),
+        ("attentive", {"epochs": 1}),
+        ("finetune", {"changes": FinetuneOverrides(epochs=1, batch_size=4)}),
+        ("robustness", {"epochs": 1, "corruptions": ("contrast",), "severities": (1,)}),
+        ("shape-bias", {"epochs": 1}),
+    ],
+)
+def test_every_evaluation_says_how_many_images_it_skipped(
+    name: str, more: dict[str, Any], product: Path, sets: Callable[..., str]
+) -> None:
+    train, test = sets("train", a=3, b=3), sets("test", seed=1, a=4, b=4)
+    for label, other in ("ab", "ba"):
+        for i in range(4):
+            (Path(test) / label / f"1-{i}.png").rename(Path(test) / label / f"{label}{i}-{other}1.png")
+    (Path(test) / "a" / "a2-b1.png").write_bytes(b"no picture")
+    (Path(train) / "b" / "0-1.png").write_bytes(b"no picture")
+    settings = EVALS[name].settings(**{"train": train, "data" if name == "shape-bias" else "test": test, **more})
+    console = Console(file=io.StringIO(), width=500)
+    list(evaluate(str(product), [(name, settings)], product, device="cpu", console=console))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    for data, count in ((train, 6), (test, 8)):
+        (line,) = (line for line in lines if line.startswith(f"1 of the {count} images of {data} are skipped: 1 x"))
+        assert "not an image" in line
 
 
 def test_classes_and_shared_images_are_printed(sets: Callable[..., str], tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ Values = Iterator[tuple[str, float]]  # named results of an evaluation; shares a
 
 BLOCKS = 4  # number of last blocks whose global tokens are features
 
+SKIPPED_FILE = "evaluations-skipped.csv"  # in the folder of the results
+
 
 @dataclass(frozen=True)
 class FeatureSet:
@@ -67,14 +69,17 @@ class EvalContext:
     # datasets opened by any context that has this dictionary
     shared: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    _logs: list[tuple[ImageDataset, BadImageLog]] = field(default_factory=list)
 
     def data(self, spec: str) -> ImageDataset:
         """Open a dataset in the encoder's image format, once for all contexts. Raises UserError."""
         return self.once_for_all(("data", spec), lambda: open_dataset(spec, self.encoder.image_spec))
 
     def skipped(self, data: ImageDataset) -> BadImageLog:
-        """Return the log of unreadable images of a dataset. At most 25 % may be skipped."""
-        return bad_image_log(data, self.folder / "evaluations-skipped.csv")
+        """Return a log of unreadable images, for `print_skipped`. At most 25 % may be skipped."""
+        log = bad_image_log(data, self.folder / SKIPPED_FILE)
+        self._logs.append((data, log))
+        return log
 
     def features(self, spec: str) -> FeatureSet:
         """Return the features of a labeled dataset, computed once. Raises UserError."""
@@ -85,9 +90,7 @@ class EvalContext:
 
         def compute() -> list[FeatureSet]:
             data = self.data(spec)
-            skipped = self.skipped(data)
-            result = extract_block_features(self.encoder, data, blocks, skipped, console=self.console)
-            self.print_skipped(skipped, data)
+            result = extract_block_features(self.encoder, data, blocks, self.skipped(data), console=self.console)
             for each in result:
                 check_finite(each.mean, f"features of {data.spec}")
             return result
@@ -98,10 +101,14 @@ class EvalContext:
         """Print a line on the console, if there is one."""
         print_plain(self.console, line)
 
-    def print_skipped(self, skipped: BadImageLog, data: ImageDataset) -> None:
-        """Print how many images of a dataset are skipped, and why, if any are."""
-        if len(skipped):
-            self.print(f"{len(skipped):,} of the {len(data):,} images of {data.spec} are skipped: {skipped.reasons}")
+    def print_skipped(self) -> None:
+        """Print how many images of each dataset were skipped since the last call, and why, if any were."""
+        logs = [(data, log) for data, log in self._logs if len(log)]
+        self._logs.clear()
+        for line in dict.fromkeys(
+            f"{len(log):,} of the {len(data):,} images of {data.spec} are skipped: {log.reasons}" for data, log in logs
+        ):
+            self.print(line)
 
     def cached(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
         """Return the cached result of `compute`, which several evaluations of this context use."""

@@ -133,6 +133,7 @@ def measure(context: EvalContext, model: str, evaluations: list[tuple[str, Any]]
     for name, settings in evaluations:
         context.images.clear()
         values = dict(EVALUATIONS[name].run(context, settings))
+        context.print_skipped()
         yield Result(
             evaluation=name,
             model=model,

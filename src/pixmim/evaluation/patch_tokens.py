@@ -97,7 +97,6 @@ def extract_tokens(
                 # Written instead of assigned to a map: a full disk is then an error instead of a fatal signal.
                 file.write(np.ascontiguousarray(tokens.numpy()).data)
                 indices.append(read)
-        context.print_skipped(skipped, data)
         file.flush()
         order = np.concatenate(indices)
         labels = torch.from_numpy(np.asarray(data.labels)[order])

@@ -16,7 +16,7 @@ from torch import Tensor
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import shares, shortened_list, warn_shared
-from pixmim.evaluation.context import EvalContext, Values, checked_once, discard
+from pixmim.evaluation.context import SKIPPED_FILE, EvalContext, Values, bad_image_log, checked_once, discard
 from pixmim.evaluation.segmentation.dataset import IGNORE, SegmentationDataset, open_segmentation
 from pixmim.evaluation.segmentation.model import segment
 from pixmim.evaluation.segmentation.train import build, fit
@@ -40,10 +40,10 @@ def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> 
     test = open_segmentation(settings.test, spec, "validation", train.classes, table=train.table)
     build(context.encoder, settings, len(train.classes))
     warn_shared(train.source, test.source, console)
-    skipped = context.skipped(train), context.skipped(test)
+    skipped = [bad_image_log(data, context.folder / SKIPPED_FILE) for data in (train, test)]
     digest = check_masks(train, skipped[0], "train", console)
     check_masks(test, skipped[1], "test", console)
-    return train, test, *skipped, digest
+    return train, test, skipped[0], skipped[1], digest
 
 
 def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) -> Values:
