@@ -144,8 +144,8 @@ def test_objects_of_unreadable_images_are_left_out(tmp_path: Path) -> None:
         (tmp_path / "labels").mkdir(exist_ok=True)
         (tmp_path / f"labels/{i}.txt").write_text("0 0.5 0.5 0.5 0.5")
     (tmp_path / "images/0.png").write_bytes(b"damaged")
-    objects, left_out = read_objects(str(tmp_path))
-    assert left_out == 1 and {each.size for each in objects} == {(30, 120)}
+    objects, problems = read_objects(str(tmp_path))
+    assert problems.left_out == 1 and {each.size for each in objects} == {(30, 120)}
     data = open_detection(str(tmp_path), "", RGB)
     assert "1 objects are in images that cannot be read: left out" in data.problems
     (tmp_path / "images/1.png").write_bytes(b"damaged")

@@ -58,13 +58,13 @@ def test_masks_of_single_objects_become_one(tmp_path: Path) -> None:
     assert pairs.classes == ["background", "object"]
     assert np.array_equal(pairs.read_array(0)[..., 3], mask(0) | mask(6))
     assert np.array_equal(pairs.read_array(1)[..., 3], mask(2))
-    objects, outside = read_objects(str(tmp_path))
+    objects, problems = read_objects(str(tmp_path))
     assert [(each.image, each.box) for each in objects] == [
         ("x/images/x.png", (3, 0, 9, 4)),
         ("x/images/x.png", (3, 6, 9, 10)),
         ("y/images/y.png", (3, 2, 9, 6)),
     ]
-    assert outside == 0
+    assert problems.left_out == 0
     save(tmp_path / "x" / "masks" / "9.png", mask(0)[:5])
     with pytest.raises(BadImage, match="differ in size"):
         pairs = open_segmentation(str(tmp_path), RGB, "training")

@@ -108,7 +108,7 @@ def test_means_of_images_and_of_objects(tmp_path: Path) -> None:
         "image,width,height,x,y,w,h\na,80,40,0,0,80,40\na,80,40,30,10,20,20\nb,40,40,0,0,40,40\nb,40,40,50,50,9,9\n"
     )
     found = measure_coverage(str(table), (40, 40), 0.75, draws=400)
-    assert found.outside == 1 and len(found.objects) == 3
+    assert found.problems.left_out == 1 and len(found.objects) == 3
     assert found.values["CC"] == pytest.approx([0.5, 1, 1])
     means = found.means()
     assert means["CC"]["object"] == pytest.approx(2.5 / 3) and means["CC"]["image"] == pytest.approx((0.75 + 1) / 2)
@@ -135,9 +135,31 @@ def test_every_kind_of_file_says_the_same(tmp_path: Path) -> None:
         (tmp_path / "masks").mkdir(exist_ok=True)
         Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
     for name in ("a.csv", "a.json", "voc", "masks"):
-        found, outside = read_objects(str(tmp_path / name))
+        found, problems = read_objects(str(tmp_path / name))
         assert [(o.size, o.box) for o in found] == [((40, 60), (10, 5, 30, 35)), ((40, 60), (0, 0, 10, 10))]
-        assert outside == 0 and all((o.mask is not None) == (name == "masks") for o in found)
+        assert problems.left_out == 0 and all((o.mask is not None) == (name == "masks") for o in found)
+
+
+def test_objects_left_out_are_counted_by_their_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only one of the three is outside of its image."""
+    good = {"image_id": 1, "bbox": [1, 1, 5, 5]}
+    bad = {"image_id": 9, "bbox": [1, 1, 5, 5]}, {"image_id": 1}, {"image_id": 1, "bbox": [40, 1, 5, 5]}
+    images = [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}]
+    (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": [good] * 9 + [*bad]}))
+    assert cli.main(["coverage", str(tmp_path / "a.json"), "--size", "32", "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    for kind in ("have a image_id that the file does not list", "have a bbox that is not four numbers", "their image"):
+        assert f"{kind}: left out" in text
+    assert json.loads((tmp_path / "out/coverage.json").read_text())["left_out"] == 3
+
+
+def test_photographs_are_not_masks(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    for suffix, message in (("jpg", "PNG, TIFF, BMP, GIF or PGM"), ("png", "have no background, which is 0: 100.0 %")):
+        (tmp_path / suffix).mkdir()
+        Image.fromarray(pixels).save(tmp_path / suffix / f"a.{suffix}")
+        with pytest.raises(UserError, match=message):
+            read_objects(str(tmp_path / suffix))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +195,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len((out / "coverage.csv").read_text().splitlines()) == 31
     assert Image.open(out / "coverage.png").width > 400
     assert cli.main(["coverage", "/no/such.csv"]) == 1 and cli.main(["coverage", "shapes:", "--mask-ratio", "1"]) == 1
+    with pytest.raises(UserError, match="--simulate takes 2 crops or more"):
+        measure_coverage("shapes:count=5,size=48", (48, 48), draws=1)
     boxes, masks = (measure_coverage("shapes:count=5,size=48", (48, 48), boxes=flag) for flag in (True, False))
     assert boxes.objects[0].mask is None and masks.objects[0].mask is not None
     assert draw(boxes) is not None

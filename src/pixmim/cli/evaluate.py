@@ -159,7 +159,7 @@ def coverage(
         size: Side of the crop, or HEIGHTxWIDTH.
         mask_ratio: Share of the patches that is hidden.
         boxes: Use the boxes of masks instead of the masks.
-        simulate: Crops to sample for each object, to check the expectation; 0: none.
+        simulate: Crops to sample for each object, to check the expectation, from 2 on; 0: none.
         seed: Seed of these.
         out: Folder for coverage.csv, coverage.json and coverage.png.
         overwrite: Replace existing files.
@@ -173,7 +173,7 @@ def coverage(
     assert crop is not None  # checked by the type of the flag
     result = measure_coverage(data, crop, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console)
     console.print(result.table())
-    if result.outside:
-        print_plain(console, f"{result.outside} objects have no pixel inside their image and are skipped")
+    if problems := str(result.problems):
+        print_plain(console, problems)
     print_plain(console, "written: " + ", ".join(map(str, result.save(out))))
     return 0

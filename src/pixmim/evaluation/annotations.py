@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pixmim.data.dataset import BadImage
-from pixmim.data.image_folder import EXTENSIONS
 from pixmim.data.label_table import open_csv
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.box_formats import read_boxes
-from pixmim.evaluation.mask_files import MASK_FOLDERS, find_masks, read_mask
+from pixmim.evaluation.mask_files import MASK_FOLDERS, MASK_SUFFIXES, find_masks, read_mask
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import read_file, readable
 from pixmim.utils.memory import free_memory
@@ -28,6 +27,7 @@ _CSV_COLUMNS = ("width", "height", "x", "y", "w", "h")
 _MAX_BYTES = 2**32  # of a file of annotations
 _MAX_SIDE = 2**20  # of an image, in pixels
 _MAX_BROKEN = 1 / 4  # of a COCO file's annotations
+_MAX_COVERED = 0.99  # of the pixels of all masks: above, they are images
 
 
 @dataclass(frozen=True)
@@ -40,33 +40,32 @@ class ImageObject:
     mask: BinaryMask | None = None  # pixels of the object (h w), if they are known; the box is then the box around them
 
 
-def read_objects(spec: str) -> tuple[list[ImageObject], int]:
-    """Read all objects, boxes clipped to their image, and the number of those left out because no part is inside it.
+def read_objects(spec: str) -> tuple[list[ImageObject], "Problems"]:
+    """Read all objects, boxes clipped to their image, and the problems of those that are not used or changed.
 
     `spec` is a .csv file with the columns width, height, x, y, w, h (corner and size of the box in pixels), and `image`
     if an image has several boxes; a COCO .json file, whose crowds are ignored; a dataset in the layout of VOC or YOLO
     (`box_formats`); a folder of masks, of images/ and masks/, or of images with masks beside them (`mask_files`), in
     each of which all nonzero pixels are one object; or shapes:. Raises UserError, naming the line or entry.
     """
-    path, boxes = Path(spec).expanduser(), None
+    path, boxes, problems = Path(spec).expanduser(), None, Problems()
     if spec.startswith("shapes:"):
         shapes = SyntheticShapes.from_spec(spec)
-        entries = [_masked_object(shapes.path_of(i), shapes.sample(i).mask) for i in range(len(shapes))]
+        samples = ((shapes.path_of(i), shapes.sample(i)) for i in range(len(shapes)))
+        objects = [_masked_object(name, sample.box, sample.mask) for name, sample in samples]
     elif path.is_file() and path.suffix.lower() == ".csv":
-        entries = list(_read_csv(path))
+        objects = list(_read_csv(path, problems))
     elif (path.is_file() and path.suffix.lower() == ".json") or (boxes := read_boxes(path)) is not None:
         coco = read_coco(path, content=boxes[0]) if boxes else read_coco(path)
         used = [(coco.images[each.image], each.box) for each in coco.objects if boxes or not each.crowd]
-        entries = [ImageObject(image.name, image.size, box) for image, box in used]
-        entries += [None] * coco.problems.left_out
+        objects, problems = [ImageObject(image.name, image.size, box) for image, box in used], coco.problems
     elif path.is_dir():
-        entries = list(_read_masks(path))
+        objects = list(_read_masks(path, problems))
     else:
         raise UserError(f"{spec} is not a .csv, a COCO .json, VOC's or YOLO's boxes, a folder of masks, or shapes:")
-    objects = [each for each in entries if each is not None]
     if not objects:
-        raise UserError(f"{spec} has no object inside its images")
-    return objects, len(entries) - len(objects)
+        raise UserError("\n".join(filter(None, (f"{spec} has no object inside its images", str(problems)))))
+    return objects, problems
 
 
 def _clip(xywh: Sequence[float], width: float, height: float) -> Box | None:
@@ -76,7 +75,7 @@ def _clip(xywh: Sequence[float], width: float, height: float) -> Box | None:
     return None if box[0] >= box[2] or box[1] >= box[3] else box
 
 
-def _read_csv(path: Path) -> Iterator[ImageObject | None]:
+def _read_csv(path: Path, problems: "Problems") -> Iterator[ImageObject]:
     (header, rows), needed = open_csv(path), ", ".join(_CSV_COLUMNS)
     missing = [name for name in _CSV_COLUMNS if name not in header]
     if missing:
@@ -95,18 +94,24 @@ def _read_csv(path: Path) -> Iterator[ImageObject | None]:
         if min(xywh[2:]) < 0:
             raise UserError(f"{where}: invalid box size {xywh[2]:g}x{xywh[3]:g}")
         box, size = _clip(xywh, width, height), (round(height), round(width))
-        yield None if box is None else ImageObject((image if "image" in header else "") or f"line {line}", size, box)
+        if box is None:
+            problems.add("boxes are outside their image or empty", f"line {line}")
+        else:
+            yield ImageObject((image if "image" in header else "") or f"line {line}", size, box)
 
 
-def _read_masks(path: Path) -> Iterator[ImageObject | None]:
+def _read_masks(path: Path, problems: "Problems") -> Iterator[ImageObject]:
     masks = next((path / name for name in MASK_FOLDERS if (path / name).is_dir()), None)
     where = masks if masks is not None and (path / "images").is_dir() else path
-    files = [(file, file) for file in sorted(where.rglob("*")) if file.suffix.lower() in EXTENSIONS]
+    files = [(file, file) for file in sorted(where.rglob("*")) if file.suffix.lower() in MASK_SUFFIXES]
     if files and where == path and (beside := find_masks(path)) is not None:
         files = [(path / mask, path / image) for image, masks in beside.masks.items() for mask in masks]
     if not files:
-        raise UserError(f"{path} contains neither VOC .xml files, YOLO labels nor masks")
-    budget = (free_memory() or 2**62) // 2
+        raise UserError(
+            f"{path} contains neither VOC .xml files, YOLO labels nor masks, which are PNG, TIFF, BMP, GIF or PGM: "
+            "JPEG changes values near the edges"
+        )
+    budget, covered, pixels = (free_memory() or 2**62) // 2, 0, 0
     for file, image in files:
         try:
             mask = read_mask(file, color=True) != 0
@@ -115,12 +120,21 @@ def _read_masks(path: Path) -> Iterator[ImageObject | None]:
         budget -= mask.nbytes
         if budget < 0:
             raise UserError(f"the masks in {path} take more than half of the free memory: split the folder")
-        yield _masked_object(str(image.relative_to(path)), mask)
+        covered, pixels = covered + int(mask.sum()), pixels + mask.size
+        name, box = str(image.relative_to(path)), bounding_box(mask)
+        if box is None:
+            problems.add("masks have no pixel", name)
+        else:
+            yield _masked_object(name, box, mask)
+    if covered > _MAX_COVERED * pixels:
+        raise UserError(
+            f"the masks in {path} have no background, which is 0: {100 * covered / pixels:.1f} % of their pixels are "
+            "objects. If they are images, pass a folder with images/ and masks/, or the masks alone"
+        )
 
 
-def _masked_object(image: str, mask: BinaryMask) -> ImageObject | None:
-    box = bounding_box(mask)
-    return None if box is None else ImageObject(image, (mask.shape[0], mask.shape[1]), box, mask)
+def _masked_object(image: str, box: Box, mask: BinaryMask) -> ImageObject:
+    return ImageObject(image, (mask.shape[0], mask.shape[1]), box, mask)
 
 
 def bounding_box(mask: BinaryMask) -> tuple[int, int, int, int] | None:

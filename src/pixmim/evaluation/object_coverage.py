@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from pixmim.evaluation.annotations import ImageObject, read_objects
+from pixmim.evaluation.annotations import ImageObject, Problems, read_objects
 from pixmim.evaluation.results import versions
 from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop, cover_size
 from pixmim.utils import rng
@@ -155,7 +155,7 @@ class Coverage:
     objects: list[ImageObject]
     values: dict[str, Values]  # expected coverage of each object
     sampled: dict[str, tuple[Values, Values]]  # mean of each object's sampled coverage, and the variance of that mean
-    outside: int  # number of skipped objects that are outside their image
+    problems: Problems  # of the annotations
 
     def means(self) -> dict[str, dict[str, float]]:
         """Return the means of each crop over images (each the mean of its objects) and over objects.
@@ -194,7 +194,7 @@ class Coverage:
             "data": self.spec,
             "size": self.size,
             "mask_ratio": self.mask_ratio,
-            "outside": self.outside,
+            "left_out": self.problems.left_out,
             "objects": len(self.objects),
             "images": len({o.image for o in self.objects}),
             "means": self.means(),
@@ -221,16 +221,18 @@ def measure_coverage(
 ) -> Coverage:
     """Measure the coverage of all annotated objects (see `annotations.read_objects`) by all crops of `crops`.
 
-    With `boxes`, masks are replaced by their boxes. If `draws` is above 1, as many crops of each object are sampled as
-    a check. Raises UserError if `mask_ratio` is not in [0, 1), or the annotations cannot be read.
+    With `boxes`, masks are replaced by their boxes. With `draws`, as many crops of each object are sampled as a check.
+    Raises UserError if `mask_ratio` is not in [0, 1), `draws` is 1, or the annotations cannot be read.
     """
     if not 0 <= mask_ratio < 1:
         raise UserError(f"--mask-ratio is a share from 0 to below 1, not {mask_ratio:g}")
-    objects, outside = read_objects(spec)
+    if draws == 1:
+        raise UserError("--simulate takes 2 crops or more, for their standard error, or 0 for none: not 1")
+    objects, problems = read_objects(spec)
     if boxes:
         objects = [ImageObject(o.image, o.size, o.box) for o in objects]
     values = {name: np.empty(len(objects)) for name in crops(size)}
-    sampled = {name: (np.empty(len(objects)), np.empty(len(objects))) for name in values if draws > 1}
+    sampled = {name: (np.empty(len(objects)), np.empty(len(objects))) for name in values if draws}
     with progress(f"coverage of {spec}", len(objects), console) as advance:
         for i, obj in enumerate(objects):
             for name, crop in crops(size).items():
@@ -239,7 +241,7 @@ def measure_coverage(
                     coverages = sampled_coverage(obj, crop, draws, seed, i)
                     sampled[name][0][i], sampled[name][1][i] = coverages.mean(), coverages.var(ddof=1) / draws
             advance(i + 1)
-    return Coverage(spec, size, mask_ratio, objects, values, sampled, outside)
+    return Coverage(spec, size, mask_ratio, objects, values, sampled, problems)
 
 
 def draw(coverage: Coverage, bins: int = 10) -> Image.Image:
