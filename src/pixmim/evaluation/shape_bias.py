@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixmim.data.dataset import ImageDataset
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.evaluation.classification import check_classes, labels_among
+from pixmim.evaluation.classification import check_classes, labels_among, shortened_list
 from pixmim.evaluation.classifiers import CATEGORIES, imagenet_head, probe_classifier, wnids
 from pixmim.evaluation.context import EvalContext, Values, read_batches
 from pixmim.evaluation.settings import ShapeBiasSettings
@@ -21,7 +21,6 @@ from pixmim.utils.errors import UserError
 from pixmim.utils.plotting import new_plot, plot_image
 
 _WITH_HEAD = "shape bias without --train"
-_STIMULUS = re.compile(r"([a-z]+)\d*-([a-z]+)\d*", re.IGNORECASE)
 
 
 def check_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> None:
@@ -115,18 +114,19 @@ def cues(data: ImageDataset, names: list[str]) -> tuple[Int[Tensor, " n"], Int[T
     if isinstance(data, SyntheticShapes):  # shape and texture with the same number are one class where they agree
         index = torch.tensor([names.index(name) for name in data.classes])
         return shapes, index[torch.from_numpy(data.texture_labels)]
-    textures = []
+    index = {name.lower(): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
+    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    after_shape, textures = re.compile(rf"\d*-({longest_first})\d*", re.IGNORECASE), []
     for i in range(len(data)):
-        path, folder = Path(data.path_of(i)), names[int(shapes[i])]
-        match = _STIMULUS.fullmatch(path.stem)
+        path, shape = Path(data.path_of(i)), names[int(shapes[i])]
+        named = path.stem.lower().startswith(shape.lower())
+        match = after_shape.fullmatch(path.stem[len(shape) :]) if named else None
         if match is None:
-            raise UserError(f"{path}: stimuli are named SHAPE1-TEXTURE2.png, such as cat4-elephant2.png")
-        shape, texture = match[1].lower(), match[2].lower()
-        if shape != folder:
-            raise UserError(f"{path}: the shape of its name is {shape}, and of its folder {folder}")
-        if texture not in names:
-            raise UserError(f"{path}: the texture {texture} is not one of the classes: {', '.join(names)}")
-        textures.append(names.index(texture))
+            raise UserError(
+                f"{path}: a stimulus of the shape {shape} is named {shape}1-TEXTURE2.png, with one of the classes as "
+                f"texture: {shortened_list(names)}"
+            )
+        textures.append(index[match[1]] if match[1] in index else index[match[1].lower()])
     return shapes, torch.tensor(textures)
 
 
