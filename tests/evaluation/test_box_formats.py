@@ -112,6 +112,15 @@ def test_a_yaml_names_both_parts_of_yolo(tmp_path: Path) -> None:
     assert len(open_detection(test, "", RGB, "--test-images").images) == 2
 
 
+def test_key_points_after_a_box_are_no_polygon(tmp_path: Path) -> None:
+    save_image(tmp_path / "images/a.png")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/a.txt").write_text("0 0.5 0.5 0.5 0.2 0.4 0.4 0.6 0.6\n0 0.5 0.5 0.5 0.2 0.4 0.4 2 0 0 0\n")
+    (tmp_path / "data.yaml").write_text("names: [person]\ntrain: images\nkpt_shape: [2, 3]\n")
+    for spec in (tmp_path, tmp_path / "data.yaml"):
+        assert [each.box for each in read_objects(str(spec))[0]] == [(10, 12, 30, 18)] * 2
+
+
 def test_lines_that_are_not_objects_are_counted(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     good = "0 0.5 0.5 0.1 0.1\n"

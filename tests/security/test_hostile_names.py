@@ -290,6 +290,10 @@ def test_figures_draw_every_name() -> None:
     boxes = np.tile(np.asarray([[1, 1, 9, 9]], np.float32), (len(NAMES), 1))
     labels, scores = np.arange(len(NAMES)), np.full(len(NAMES), 0.9, np.float32)
     assert draw_detections(picture, boxes[:0], boxes, labels, scores, [], NAMES).width == 320
+    assert draw_detections(np.zeros((2, 2000, 3), np.uint8), boxes[:0], boxes, labels, scores, [], NAMES).size == (
+        320,
+        1,
+    )
 
 
 def test_names_do_not_color_a_table_on_a_terminal() -> None:

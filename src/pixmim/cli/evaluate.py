@@ -48,7 +48,7 @@ def evaluate(args: list[str]) -> int:
         Args:
             models: Runs, finished or not, imported folders, files of weights, timm:NAME or hf:NAME.
             settings: Settings.
-            choice: Images to choose by their names, of all data but --imagenet-* and --stimuli.
+            choice: Images to choose by their names, of the labeled data, or of shape-bias's --data.
             untrained: Evaluate the initial weights of runs as well, for comparison.
             overwrite: Replace a classifier that was fine-tuned with other settings; train one of the same again.
             out: Folder for results and report. Default: the run, or evaluations/MODEL; the report of several models is
@@ -72,11 +72,12 @@ def evaluate(args: list[str]) -> int:
 
 
 def _chosen(evaluation: str, settings: Mapping[str, Any], choice: ChoiceFlags) -> dict[str, Any]:
-    """Return settings with the patterns of `choice` in their data. Raises UserError if these are no labeled images."""
+    """Return settings with the patterns of `choice` in their data. Raises UserError if these cannot have any."""
     if choice == ChoiceFlags():
         return dict(settings)
-    known = ("train", "test", "labelled", "data") if evaluation not in ("segmentation", "detection") else ()
-    names = [name for name in known if settings.get(name)]
+    if evaluation in ("segmentation", "detection"):
+        raise UserError(f"{evaluation} takes no --include and --exclude: its masks or boxes choose the images")
+    names = [name for name in ("train", "test", "labelled", "data") if settings.get(name)]
     if not names:
         raise UserError("--include and --exclude choose labeled images: pass --train and --test, or --labelled")
     return {**settings} | {name: choice.choose(settings[name]) for name in names}

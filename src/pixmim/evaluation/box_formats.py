@@ -4,7 +4,8 @@ VOC    a folder with Annotations/*.xml and JPEGImages/; a list of it, ImageSets/
        Corners count from 1 and are inclusive. Difficult objects become crowds.
 YOLO   a folder with images/ and labels/*.txt; a folder below images/, as in images/train; a folder of images with a
        .txt next to each; or a data.yaml. Lines are `class cx cy w h`, or `class x y x y x y ...` for a polygon, in
-       shares of the image's width and height.
+       shares of the image's width and height. Key points after a box, which `kpt_shape` in data.yaml declares, are
+       ignored.
 """
 
 import os
@@ -151,17 +152,17 @@ def _read_yolo(folder: Path, yaml_file: Path | None) -> tuple[Content, Path] | N
     if not any(label_of(path).is_file() for path in paths):
         return None
     images, annotations = list[Content](), list[Content]()
+    names, keypoints = _yolo_names(folder, yaml_file)
     with status_counter(f"reading the labels of {folder}", "images") as add, ThreadPool(0, "pixmim-read") as pool:
         for path, size in zip(
             paths, ordered_map(pool, _size_of, map(files.path_of, range(len(files))), 64), strict=True
         ):
             height, width = size or (1, 1)
             images.append({"id": path, "file_name": path, "height": height, "width": width})
-            for entry in _parse_yolo(label_of(path), height, width):
+            for entry in _parse_yolo(label_of(path), height, width, keypoints):
                 entry |= {} if size else {"bbox": None, "unreadable": True}
                 annotations.append({"id": f"{len(annotations)} ({path})", "image_id": path, **entry})
             add(1)
-    names = _yolo_names(folder, yaml_file)
     used = [entry["category_id"] for entry in annotations if isinstance(entry["category_id"], int)]
     names = names or [f"class {i}" for i in range(min(max(used, default=-1) + 1, _MAX_CLASSES))]
     categories = [{"id": number, "name": name} for number, name in enumerate(names)]
@@ -195,7 +196,7 @@ def _size_of(path: str) -> tuple[int, int] | None:
         return None
 
 
-def _parse_yolo(file: Path, height: int, width: int) -> Iterator[Content]:
+def _parse_yolo(file: Path, height: int, width: int, keypoints: bool) -> Iterator[Content]:
     """Yield the objects of an image; an object that cannot be read has no box. Raises UserError."""
     lines = list[str]()
     with readable(file), suppress(FileNotFoundError):  # an image without objects has no file
@@ -206,8 +207,8 @@ def _parse_yolo(file: Path, height: int, width: int) -> Iterator[Content]:
         except ValueError:
             number, values = -1.0, []
         entry: Content = {"category_id": int(number) if number.is_integer() else None, "bbox": None}
-        if len(values) == 4:
-            x, y, w, h = values
+        if len(values) == 4 or (keypoints and len(values) > 4):
+            x, y, w, h = values[:4]
             entry["bbox"] = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
         elif len(values) >= 6 and len(values) % 2 == 0:
             xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
@@ -217,17 +218,21 @@ def _parse_yolo(file: Path, height: int, width: int) -> Iterator[Content]:
         yield entry
 
 
-def _yolo_names(folder: Path, yaml_file: Path | None) -> list[str]:
-    """Return the names of the classes, from a file in the folder or up to two above it; empty without one."""
+def _yolo_names(folder: Path, yaml_file: Path | None) -> tuple[list[str], bool]:
+    """Return the names of the classes, and whether boxes have key points.
+
+    Both are from a file in the folder or up to two above it; without one, there are no names.
+    """
     places = [place / name for place in (folder, *folder.absolute().parents[:2]) for name in _NAME_FILES]
     file = yaml_file or next((place for place in places if place.is_file()), None)
     if file is None:
-        return []
+        return [], False
     if file.suffix not in (".yaml", ".yml"):
-        return [line.strip() for line in read_text(file, _MAX_TEXT_BYTES).splitlines() if line.strip()]
-    names = _load_yaml(file).get("names")
+        return [line.strip() for line in read_text(file, _MAX_TEXT_BYTES).splitlines() if line.strip()], False
+    content = _load_yaml(file)
+    names = content.get("names")
     if isinstance(names, dict) and all(isinstance(key, int) and 0 <= key < _MAX_CLASSES for key in names):
         names = [names.get(i, f"class {i}") for i in range(max(names, default=-1) + 1)]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{file} has no list of class names as `names`")
-    return names
+    return names, "kpt_shape" in content

@@ -22,7 +22,7 @@ from pixmim.config import ModelConfig
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import ImageDataset
 from pixmim.data.uri import read_parts, split_options
-from pixmim.evaluation.context import read_batches
+from pixmim.evaluation.context import check_finite, read_batches
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint, frozen_encoder_from_weights
 from pixmim.evaluation.visualize import to_image, to_rgb
 from pixmim.models import features
@@ -122,7 +122,7 @@ def embed_batches(
 ) -> Iterator[tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64], int]]:
     """Yield features of the readable images of each batch by name, their indices, and the index of the next batch.
 
-    The names are those of columns, see `embed`; the mean is the last one.
+    The names are those of columns, see `embed`; the mean is the last one. Raises UserError if they are not finite.
     """
     encoder.module.eval()
     encoder.check_batch(min(batch, len(data)))
@@ -131,8 +131,14 @@ def embed_batches(
         with torch.no_grad(), autocast(encoder.device, encoder.precision):
             result = features(encoder.module, encoder.preprocess(images))
         both = {result.vector_name: result.vector[:, -1], "mean": result.mean}
-        chosen = {key: value for key, value in both.items() if kind == "both" or (kind == "mean") == (key == "mean")}
-        yield {key: value.float().cpu().numpy() for key, value in chosen.items()}, indices, end
+        chosen = {
+            key: value.float().cpu()
+            for key, value in both.items()
+            if kind == "both" or (kind == "mean") == (key == "mean")
+        }
+        for value in chosen.values():
+            check_finite(value, f"features of {data.spec}")
+        yield {key: value.numpy() for key, value in chosen.items()}, indices, end
 
 
 def _resume(work: Path, identity: dict[str, Any]) -> int:

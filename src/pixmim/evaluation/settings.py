@@ -428,6 +428,8 @@ class EvaluateAllSettings(FrozenSettings):
     """ImageNet-Sketch, likewise."""
     attentive: bool = True
     """Evaluate the attentive probe. Its patch tokens take disk space for a time."""
+    corruptions: bool = True
+    """Evaluate robustness to corruptions made in memory. They need images of 1 or 3 channels of 8 bits."""
     finetune: bool = False
     """Fine-tune by the published recipe as well. Takes long."""
     pairs: str = ""
@@ -449,10 +451,9 @@ class EvaluateAllSettings(FrozenSettings):
         parts: list[tuple[str, Any]] = [("knn", KnnSettings(**common)), ("linear", LinearSettings(**common))]
         if self.attentive:
             parts.append(("attentive", AttentiveSettings(**common)))
-        if not self.folds or any(imagenet):
-            parts.append(
-                ("robustness", RobustnessSettings(*imagenet, self.test, self.train, severities=self.severities))
-            )
+        corrupted = (self.test, self.train) if self.corruptions else ("", "")
+        if any(imagenet) or (corrupted[0] and not self.folds):
+            parts.append(("robustness", RobustnessSettings(*imagenet, *corrupted, severities=self.severities)))
         from pixmim.data.uri import read_parts
 
         sources = [part.source for data in (self.train, self.test) if data for part in read_parts(data)]

@@ -116,7 +116,7 @@ def draw_detections(
     h, w = pixels.shape[:2]
     scale = _LONG_EDGE / max(h, w)
     image = Image.fromarray(((pixels + tint) / 2).astype(np.uint8))
-    image = image.resize((round(w * scale), round(h * scale)), Image.Resampling.BILINEAR)
+    image = image.resize((max(1, round(w * scale)), max(1, round(h * scale))), Image.Resampling.BILINEAR)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for box in truth * scale:
         pen.rectangle(box.tolist(), outline="white", width=1)

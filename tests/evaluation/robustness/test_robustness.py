@@ -21,10 +21,17 @@ from pixmim.evaluation import classifiers as imagenet
 from pixmim.evaluation import knn, robustness, shape_bias
 from pixmim.evaluation import linear_probe as linear
 from pixmim.evaluation.context import EvalContext, extract_features
+from pixmim.evaluation.evaluate import check
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.linear_probe import fit_sweep
 from pixmim.evaluation.robustness import ALEXNET, corruption_errors, count
-from pixmim.evaluation.settings import KnnSettings, LinearSettings, RobustnessSettings, ShapeBiasSettings
+from pixmim.evaluation.settings import (
+    EvaluateAllSettings,
+    KnnSettings,
+    LinearSettings,
+    RobustnessSettings,
+    ShapeBiasSettings,
+)
 from pixmim.evaluation.shape_bias import shape_decisions
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.errors import UserError
@@ -274,6 +281,23 @@ def test_unsuitable_settings_are_refused(tiny_run: Make, tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=message):
             dict(robustness.evaluate_robustness(context, settings))
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(2, "uint8"), (3, "uint16"), (1, "float32")])
+def test_all_leaves_corruptions_out_where_they_mean_nothing(
+    channels: int, dtype: str, tiny_run: Make, tmp_path: Path
+) -> None:
+    run = tiny_run(channels=channels, dtype=dtype, mean=(0.5,) * channels, std=(0.2,) * channels)
+    for label in "ab":
+        for i in range(2):
+            (tmp_path / label).mkdir(exist_ok=True)
+            np.save(tmp_path / label / f"{i}.npy", np.full((32, 32, channels), i, dtype))
+    context, data = context_of(run, tmp_path), str(tmp_path)
+    with pytest.raises(UserError, match=rf"reads {channels} of {dtype}: leave them out of .* --no-corruptions"):
+        check(context, EvaluateAllSettings(data, data, attentive=False).parts())
+    parts = EvaluateAllSettings(data, data, attentive=False, corruptions=False).parts()
+    check(context, parts)
+    assert [name for name, _ in parts] == ["knn", "linear"]
 
 
 def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pixmim.config_io import to_json
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.loader import Batch
-from pixmim.data.synthetic import SyntheticShapes
+from pixmim.data.synthetic import SHAPES, SyntheticShapes
 from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, rebuild_at_size, wrap_live_encoder
@@ -171,6 +171,8 @@ def test_folder_of_images_and_masks(tmp_path: Path) -> None:
         open_segmentation(str(tmp_path), ImageSpec(), "validation", ["sky", "road"])
     with pytest.raises(UserError, match="number 1 is 'road' instead of 'lane'"):
         open_segmentation(str(tmp_path), ImageSpec(), "validation", ["sky", "lane", "car", "rider"])
+    with pytest.raises(UserError, match=rf"shapes: and the train data differ in their classes: {1 + len(SHAPES)} inst"):
+        open_segmentation("shapes:", ImageSpec(), "validation", ["sky", "road"])
 
 
 def test_ade20k_layout(tmp_path: Path) -> None:

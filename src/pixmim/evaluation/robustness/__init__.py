@@ -30,7 +30,7 @@ from pixmim.evaluation.classifiers import (
     subset_wnids,
 )
 from pixmim.evaluation.context import EvalContext, Values, checked_once, describe_labels, discard
-from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, SEVERITIES, check_channels, check_corruption
+from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, SEVERITIES, check_corruption
 from pixmim.evaluation.robustness.count import CLEAN, CountsFile, LabeledImages, count_correct
 from pixmim.evaluation.settings import RobustnessSettings
 from pixmim.transforms.crops import CenterCrop, evaluation_crop
@@ -183,9 +183,12 @@ def _open_test(context: EvalContext, settings: RobustnessSettings) -> tuple[Kind
     The encoder's head is preferred to a probe if it has all classes of the data by name. Raises UserError.
     """
     encoder = context.encoder
-    check_channels(encoder.image_spec.channels)
-    if encoder.image_spec.dtype != "uint8":
-        raise UserError(f"corruptions need 8-bit images, and this encoder reads {encoder.image_spec.dtype}")
+    spec = encoder.image_spec
+    if spec.channels not in (1, 3) or spec.dtype != "uint8":
+        raise UserError(
+            f"corruptions need images of 1 or 3 channels of 8 bits, and this encoder reads {spec.channels} of "
+            f"{spec.dtype}: leave them out of `evaluate all` with --no-corruptions"
+        )
     data, names = context.data(settings.test), encoder_head(context).classes
     named, kind = bool(names) and set(data.classes) <= set(names), settings.classifier
     if kind == "probe" or (kind == "auto" and settings.train and not named):

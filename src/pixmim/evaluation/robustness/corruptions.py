@@ -274,7 +274,8 @@ def corrupt(
     check_corruption(name)
     if severity not in SEVERITIES:
         raise UserError(f"a severity is 1, 2, 3, 4 or 5, not {severity}")
-    check_channels(image.shape[0])
+    if image.shape[0] not in (1, 3):  # gray light and frost have no meaning in other channels
+        raise UserError(f"corruptions need images of 3 channels (color) or 1 (gray), not of {image.shape[0]}")
     function, constants = CORRUPTIONS[name]
     generator = np.random.Generator(np.random.Philox(key=rng.bits(seed, name, 0, [index], 2)[0]))
     scale = min(image.shape[-2:]) / 224
@@ -287,9 +288,3 @@ def check_corruption(name: str) -> None:
     if name not in CORRUPTIONS:
         known = ", ".join(CORRUPTIONS)
         raise UserError(f"there is no corruption '{name}'{did_you_mean(name, CORRUPTIONS)} Known: {known}")
-
-
-def check_channels(channels: int) -> None:
-    """Raise UserError unless images are color or gray: gray light and frost have no meaning in other channels."""
-    if channels not in (1, 3):
-        raise UserError(f"corruptions need images of 3 channels (color) or 1 (gray), not of {channels}")

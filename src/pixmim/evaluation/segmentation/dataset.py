@@ -28,6 +28,8 @@ from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 IGNORE = 255  # class index of pixels that do not count
 NO_CLASS = 254  # entry of a class table for values that do not belong to a class
 
+SHAPE_CLASSES = ("background", *SHAPES)  # of the masks of `shapes:`
+
 Split = Literal["training", "validation"]
 ClassMap = npt.NDArray[np.uint8]
 
@@ -99,13 +101,14 @@ def open_segmentation(
     class numbers.
     """
     if spec.startswith("shapes:"):
+        _check_same_classes(spec, SHAPE_CLASSES, classes)
         shapes = SyntheticShapes.from_spec(spec, image_spec)
 
         def draw_mask(index: int) -> ClassMap:
             sample = shapes.sample(index)
             return (sample.mask * (sample.shape + 1)).astype(np.uint8)
 
-        return SegmentationDataset(shapes, draw_mask, ["background", *SHAPES])
+        return SegmentationDataset(shapes, draw_mask, SHAPE_CLASSES)
     layout = _find_layout(spec, split)
     beside, left_out = layout.beside, ""
     if beside is None:
@@ -116,11 +119,7 @@ def open_segmentation(
         left_out = f"{beside.without:,} images without a mask beside them are left out" * bool(beside.without)
     images = ImageFolder(spec, layout.images, paths, image_spec, left_out=left_out)
     listed = _read_class_names(layout.root)
-    if listed is not None and classes is not None and listed != list(classes):
-        pairs = zip_longest(listed, classes)
-        first = next(f"number {i} is '{a}' instead of '{b}'" for i, (a, b) in enumerate(pairs) if a != b)
-        difference = first if len(listed) == len(classes) else f"{len(listed)} instead of {len(classes)}"
-        raise UserError(f"{layout.root} and the train data differ in their classes: {difference}")
+    _check_same_classes(str(layout.root), listed, classes)
     names = list(classes or listed or (["background", "object"] if beside and beside.instances else []))
     values = lru_cache(1)(lambda: _count_values(spec, layout, paths))
     if table is None:
@@ -138,6 +137,15 @@ def open_segmentation(
         return mask
 
     return SegmentationDataset(images, read_classes, names, lookup, values)
+
+
+def _check_same_classes(spec: str, listed: Sequence[str] | None, classes: Sequence[str] | None) -> None:
+    """Raise UserError if data list other classes than those of the train data. None: unknown."""
+    if listed is not None and classes is not None and list(listed) != list(classes):
+        pairs = zip_longest(listed, classes)
+        first = next(f"number {i} is '{a}' instead of '{b}'" for i, (a, b) in enumerate(pairs) if a != b)
+        difference = first if len(listed) == len(classes) else f"{len(listed)} instead of {len(classes)}"
+        raise UserError(f"{spec} and the train data differ in their classes: {difference}")
 
 
 @dataclass(frozen=True)
