@@ -57,6 +57,15 @@ def test_voc(tmp_path: Path) -> None:
     assert [each.box for each in read_objects(str(tmp_path))[0]] == [(0, 0, 40, 30), (4, 5, 5, 6), (10, 1, 40, 20)]
 
 
+def test_a_renamed_image_of_voc_is_not_its_own_annotation(tmp_path: Path) -> None:
+    """In one folder with its annotation, an image has the same stem."""
+    save_voc(tmp_path, "a", ("dog", 1, 1, 4, 4, 0), filename="renamed since")
+    for file in (tmp_path / "Annotations/a.xml", tmp_path / "JPEGImages/a.jpg"):
+        file.rename(tmp_path / file.name)
+        file.parent.rmdir()
+    assert boxes_of(open_detection(str(tmp_path), "", RGB)) == {"a.jpg": [("dog", [0, 0, 4, 4], False)]}
+
+
 def test_lists_of_voc_choose_images(tmp_path: Path) -> None:
     for name in "abcd":
         save_voc(tmp_path, name, ("dog", 1, 1, 4, 4, 0))

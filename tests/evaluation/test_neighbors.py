@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import pixmim
@@ -89,5 +91,11 @@ def test_index_is_kept_and_renewed_when_encoder_or_images_change(encoders: list[
     assert load(encoders[0], count=20)[1]
     file.write_bytes(b"damaged")
     assert torch.equal(load(encoders[0])[0].unit, first.unit)
+    with safe_open(file, "pt") as saved:
+        identity, tensors = saved.metadata(), {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+    for unit in (torch.tensor(1.0), first.unit.long(), first.unit * torch.nan, first.unit[1:]):
+        save_file(tensors | {"unit": unit.contiguous()}, file, identity)
+        again, recomputed = load(encoders[0])
+        assert recomputed and torch.equal(again.unit, first.unit)
     with pytest.raises(UserError, match="fewer than two"):
         load(encoders[0], count=1)

@@ -19,7 +19,7 @@ from pixmim.data.dataset import BadImage
 from pixmim.data.decode.headers import JPEG_MAGIC, exif_orientation, read_jpeg_header
 from pixmim.data.decode.image import open_image, read
 from pixmim.data.decode.limits import max_bytes
-from pixmim.data.image_folder import check_inside, from_folder
+from pixmim.data.image_folder import EXTENSIONS, check_inside, from_folder
 from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, first_line, shown
 from pixmim.utils.files import open_regular, read_file, read_text, readable
@@ -75,7 +75,10 @@ def _is_annotation(file: Path) -> bool:
 
 
 def _read_voc(files: list[Path], folder: Path) -> tuple[Content, Path]:
-    by_stem = {Path(name).stem: name for name in sorted(os.listdir(folder))} if folder.is_dir() else {}
+    names_in_folder = sorted(os.listdir(folder)) if folder.is_dir() else []
+    by_stem = {
+        stem: stem + suffix for stem, suffix in map(os.path.splitext, names_in_folder) if suffix.lower() in EXTENSIONS
+    }
     images, annotations, names = list[Content](), list[Content](), set[str]()
     for number, file in enumerate(files):
         size, filename, objects = _parse_voc(file)

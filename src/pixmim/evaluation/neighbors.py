@@ -100,8 +100,9 @@ def _read(file: Path, identity: dict[str, str], images: int) -> Index | None:
     if {name: saved.metadata.get(name) for name in identity} != identity or set(saved.tensors) != set(_TENSORS):
         return None
     unit, indices, similarity, other = (saved.tensors[name].clone() for name in _TENSORS)
-    n = len(unit)
-    fits = n > 1 and unit.ndim == 2 and all(values.shape == (n,) for values in (indices, similarity, other))
+    n = len(unit) if unit.ndim == 2 else 0
+    fits = n > 1 and all(values.shape == (n,) for values in (indices, similarity, other))
+    fits = fits and all(v.dtype == torch.float32 and bool(v.isfinite().all()) for v in (unit, similarity))
     for rows, end in ((indices, images), (other, n)):
         fits = fits and rows.dtype == torch.int64 and int(rows.min()) >= 0 and int(rows.max()) < end
     return Index(unit, indices, similarity, other) if fits else None

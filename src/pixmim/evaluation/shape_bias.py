@@ -114,7 +114,7 @@ def cues(data: ImageDataset, names: list[str]) -> tuple[Int[Tensor, " n"], Int[T
     if isinstance(data, SyntheticShapes):  # shape and texture with the same number are one class where they agree
         index = torch.tensor([names.index(name) for name in data.classes])
         return shapes, index[torch.from_numpy(data.texture_labels)]
-    index = {name.lower(): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
+    number = {name.lower(): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
     longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     after_shape, textures = re.compile(rf"\d*-({longest_first})\d*", re.IGNORECASE), []
     for i in range(len(data)):
@@ -126,7 +126,7 @@ def cues(data: ImageDataset, names: list[str]) -> tuple[Int[Tensor, " n"], Int[T
                 f"{path}: a stimulus of the shape {shape} is named {shape}1-TEXTURE2.png, with one of the classes as "
                 f"texture: {shortened_list(names)}"
             )
-        textures.append(index[match[1]] if match[1] in index else index[match[1].lower()])
+        textures.append(number[match[1]] if match[1] in number else number[match[1].lower()])
     return shapes, torch.tensor(textures)
 
 
