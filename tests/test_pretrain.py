@@ -17,11 +17,11 @@ from rich.console import Console
 from safetensors import safe_open
 
 from helpers.cli import say
+from helpers.evaluated import evaluate
 from helpers.runs import equal, train, weights
 from pixmim.build import build_model
 from pixmim.config import CheckpointConfig, OnlineKnnConfig, OptimConfig, PretrainConfig, RecipeInfo
 from pixmim.config_io import to_json
-from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.settings import LinearSettings
 from pixmim.models import features
 from pixmim.recipes import get_recipe

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from helpers import runs
-from helpers.evaluated import measured
+from helpers.evaluated import evaluate, measured
 from pixmim.build import build_model
 from pixmim.config import OnlineKnnConfig, PretrainConfig
 from pixmim.config_io import load_config, to_json
@@ -33,7 +33,7 @@ from pixmim.evaluation.classification import (
 )
 from pixmim.evaluation.context import EvalContext, FeatureSet, Values, describe_labels, extract_features
 from pixmim.evaluation.evals import EVALS
-from pixmim.evaluation.evaluate import EVALUATIONS, State, evaluate, evaluate_many, online_knn
+from pixmim.evaluation.evaluate import EVALUATIONS, State, evaluate_many, online_knn
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.knn import classify, knn
 from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep, standardize

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 
+from helpers.evaluated import evaluate
 from helpers.interrupt import Stopped
 from helpers.models import CNNS
 from pixmim import load_encoder
@@ -29,7 +30,6 @@ from pixmim.evaluation import linear_probe_mae as probe
 from pixmim.evaluation import settings as settings_module
 from pixmim.evaluation.classification import evaluate_classifier, open_labeled
 from pixmim.evaluation.context import EvalContext
-from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.finetune.model import build, classifier_config, load_encoder_weights
 from pixmim.evaluation.finetune.recipes import FINETUNE_RECIPES, Recipe, apply_overrides, choose
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder

@@ -21,8 +21,7 @@ from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.data import open_dataset
 from pixmim.data.split import assign_folds, draw_labels
-from pixmim.evaluation.classification import rated, tally
-from pixmim.evaluation.context import EvalContext, FeatureSet, extract_block_features, extract_features
+from pixmim.evaluation.context import EvalContext, extract_block_features, extract_features
 from pixmim.evaluation.evaluate import EVALUATIONS
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.knn import knn
@@ -89,17 +88,6 @@ def test_only_ends_of_intervals_are_left_out_of_a_mean() -> None:
     assert found["recall/low"] == 2 and found["recall/high"] == 4 and "top1/low" not in found
 
 
-def test_measures_are_those_of_scikit_learn() -> None:
-    metrics = pytest.importorskip("sklearn.metrics", reason="pip install scikit-learn: measures are unchecked")
-    draw = np.random.default_rng(0)
-    labels, predictions = draw.choice(4, 300, p=[0.7, 0.15, 0.1, 0.05]), draw.integers(0, 4, 300)
-    found = dict(rated(tally(torch.from_numpy(predictions), torch.from_numpy(labels), 4), list("abcd")))
-    assert found["top1"] == pytest.approx(100 * metrics.accuracy_score(labels, predictions))
-    assert found["balanced"] == pytest.approx(100 * metrics.balanced_accuracy_score(labels, predictions))
-    recalls = 100 * metrics.recall_score(labels, predictions, average=None)
-    assert [found[f"recall/{name}"] for name in "abcd"] == pytest.approx(recalls.tolist())
-
-
 def test_the_linear_probe_approaches_scikit_learns_optimum() -> None:
     """Compare the loss of a long fit on overlapping classes with that of an unregularized logistic regression."""
     models = pytest.importorskip("sklearn.linear_model", reason="pip install scikit-learn: the probe is unchecked")
@@ -113,17 +101,6 @@ def test_the_linear_probe_approaches_scikit_learns_optimum() -> None:
     assert optimum <= loss + 1e-6 and loss == pytest.approx(optimum, rel=0.01)
     agree = (logits.argmax(1).numpy() == best.predict(x.numpy())).mean()
     assert agree > 0.97
-
-
-def test_knn_with_one_neighbor_is_scikit_learns() -> None:
-    neighbors = pytest.importorskip("sklearn.neighbors", reason="pip install scikit-learn: k-NN is unchecked")
-    sets = []
-    for count in (90, 60):
-        labels, mean = torch.arange(count) % 3, torch.randn(count, 6)
-        sets.append(FeatureSet(mean[:, None], mean + torch.eye(6)[labels], labels, list("abc")))
-    model = neighbors.KNeighborsClassifier(1, metric="cosine").fit(sets[0].mean.numpy(), sets[0].labels.numpy())
-    expected = 100 * model.score(sets[1].mean.numpy(), sets[1].labels.numpy())
-    assert dict(knn(sets[0], sets[1], (1,)))["k1/mean/top1"] == pytest.approx(expected)
 
 
 def test_folds_are_means_over_a_loop(context: EvalContext, tinted: Path) -> None:

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers.cli import say
+from helpers.evaluated import evaluate
 from helpers.models import CNNS, old_swin_layout
 from pixmim import load_encoder, load_model, patchify
 from pixmim.build import build_model
 from pixmim.config import ArchitectureConfig, OnlineKnnConfig, PretrainConfig, TargetConfig
 from pixmim.config_io import load_config, to_json
-from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import KnnSettings

@@ -15,12 +15,12 @@ import yaml
 from safetensors.torch import save_file
 
 from helpers.cli import say
+from helpers.evaluated import evaluate
 from helpers.models import CNNS, old_swin_layout
 from pixmim.build import build_model
 from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.evaluation.attentive_probe import AttentiveProbe, load_probe, save_probe
-from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
 from pixmim.evaluation.results import Result, save
 from pixmim.evaluation.settings import AttentiveSettings

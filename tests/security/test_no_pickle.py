@@ -30,6 +30,7 @@ from rich.console import Console
 
 import pixmim
 from helpers.cli import skip_report
+from helpers.evaluated import evaluate
 from helpers.interrupt import Stopped
 from pixmim import cli
 from pixmim.build import build_model
@@ -38,7 +39,6 @@ from pixmim.config_io import to_json
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.evaluation import embed as embedding
-from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import KnnSettings
 from pixmim.pretraining import pretrain

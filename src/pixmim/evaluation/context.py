@@ -81,12 +81,8 @@ class EvalContext:
         self._logs.append((data, log))
         return log
 
-    def features(self, spec: str) -> FeatureSet:
-        """Return the features of a labeled dataset, computed once. Raises UserError."""
-        return self.block_features(spec)[0]
-
-    def block_features(self, spec: str, blocks: tuple[int, ...] = ()) -> list[FeatureSet]:
-        """Return the features of a labeled dataset from each of some blocks, or as `features`. Raises UserError."""
+    def features(self, spec: str, blocks: tuple[int, ...] = ()) -> list[FeatureSet]:
+        """Return the features of a labeled dataset as `extract_block_features`, computed once. Raises UserError."""
 
         def compute() -> list[FeatureSet]:
             data = self.data(spec)

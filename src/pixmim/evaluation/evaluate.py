@@ -54,15 +54,6 @@ EVALUATIONS = {
 }
 
 
-def evaluate(
-    model: str, evaluations: list[tuple[str, Any]], folder: Path, *, untrained: bool = False, **options: Any
-) -> Iterator[Result]:
-    """Evaluate one encoder, or with `untrained` the initial weights of a run instead: see `evaluate_many`."""
-    states: tuple[State, ...] = ("untrained",) if untrained else ("trained",)
-    for result, _ in evaluate_many({model: folder}, evaluations, states, **options):
-        yield result
-
-
 def evaluate_many(
     models: Mapping[str, Path],
     evaluations: list[tuple[str, Any]],

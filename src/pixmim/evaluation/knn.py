@@ -31,7 +31,7 @@ def evaluate_knn(context: EvalContext, settings: KnnSettings) -> Values:
     With folds or numbers of labels, a k above the number of train images keeps its name, so that means are of the same.
     """
     smallest, _ = check_repeated(context, settings)
-    train, test = (context.block_features(spec, selected_blocks(context, settings)) for spec in settings.sources)
+    train, test = (context.features(spec, selected_blocks(context, settings)) for spec in settings.sources)
     _, warning = usable_k(settings.k, min(smallest, len(train[0].labels)))
     if warning:
         context.print(warning)

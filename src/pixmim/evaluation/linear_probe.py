@@ -80,14 +80,14 @@ def evaluate_linear(context: EvalContext, settings: LinearSettings) -> Values:
             probe = cached_probe(context, settings.train, epochs, settings.seed)
         yield from evaluate_probe(probe, test, same_classes(train, test))
 
-    train, test = (context.block_features(spec, blocks) for spec in settings.sources)
+    train, test = (context.features(spec, blocks) for spec in settings.sources)
     yield from repeat(context, settings, train, test, measure)
 
 
 def cached_probe(context: EvalContext, train: str, epochs: int, seed: int) -> Probe:
     """Return the result of `fit_sweep` on a dataset, computed once for all evaluations of a context."""
     return context.cached(
-        ("probe", train, epochs, seed), lambda: fit_sweep(context.features(train), epochs=epochs, seed=seed)
+        ("probe", train, epochs, seed), lambda: fit_sweep(context.features(train)[0], epochs=epochs, seed=seed)
     )
 
 

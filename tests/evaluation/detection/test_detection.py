@@ -14,6 +14,7 @@ from torchvision.ops import roi_align
 
 pytest.importorskip("faster_coco_eval")
 
+from helpers.evaluated import evaluate
 from helpers.models import CNNS
 from pixmim.build import build_model
 from pixmim.config import ArchitectureConfig, PretrainConfig
@@ -34,7 +35,6 @@ from pixmim.evaluation.detection.backbone import (
 )
 from pixmim.evaluation.detection.dataset import open_detection
 from pixmim.evaluation.detection.loader import fit_to_square, make_target
-from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, rebuild_at_size, wrap_live_encoder
 from pixmim.evaluation.settings import DetectionSettings
 from pixmim.models import create_encoder

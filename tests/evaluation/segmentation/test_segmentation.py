@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from helpers.evaluated import evaluate
 from helpers.models import CNNS
 from pixmim.build import build_encoder, build_model
 from pixmim.config import ArchitectureConfig, PretrainConfig
@@ -26,7 +27,6 @@ from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.loader import Batch
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
 from pixmim.evaluation.context import EvalContext
-from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, rebuild_at_size, wrap_live_encoder
 from pixmim.evaluation.segmentation import (
     check_masks,
@@ -52,7 +52,6 @@ from pixmim.evaluation.visualize import class_colors, overlay_mask
 from pixmim.models import features
 from pixmim.models.feature_maps import maps, widths
 from pixmim.training import trainer
-from pixmim.training.metric_logger import read_metrics
 from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.errors import UserError
 from pixmim.weights.adapt import relative_biases
@@ -129,20 +128,6 @@ def test_metrics_equal_sets_of_pixels() -> None:
 def test_metrics_of_ignored_pixels_are_undefined() -> None:
     matrix = confusion_matrix(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), IGNORE), 3)
     assert all(map(math.isnan, segmentation_metrics(matrix, "abc").values()))
-
-
-def test_metrics_equal_torchmetrics() -> None:
-    classification = pytest.importorskip("torchmetrics").classification
-    generator = torch.Generator().manual_seed(1)
-    true, predicted = (torch.randint(0, 4, (2, 20, 20), generator=generator) for _ in range(2))
-    true[0, :5] = IGNORE
-    values = segmentation_metrics(confusion_matrix(predicted, true, 4), list("0123"))
-    options = {"num_classes": 4, "ignore_index": IGNORE}
-    iou = classification.MulticlassJaccardIndex(average="none", **options)(predicted, true)
-    assert [values[f"iou/{i}"] for i in range(4)] == pytest.approx((100 * iou).tolist(), rel=1e-5)
-    for name, average in (("aAcc", "micro"), ("mAcc", "macro")):
-        expected = classification.MulticlassAccuracy(average=average, **options)(predicted, true)
-        assert values[name] == pytest.approx(100 * float(expected), abs=1e-4)
 
 
 # --- datasets
@@ -643,23 +628,6 @@ def test_a_trained_head_beats_the_majority_class(tiny_run: Make, tmp_path: Path)
     (picture,) = context.images.values()
     assert picture.width > 500 and picture.height > 900
     assert not (tmp_path / "unfinished").exists() or not list((tmp_path / "unfinished").iterdir())
-
-
-def test_loss_falls(tiny_run: Make, tmp_path: Path) -> None:
-    encoder = encoder_of(tiny_run())
-    settings = replace(QUICK, head="uper", steps=60, batch_size=8, lr=3e-3)
-    model, size = build(encoder, settings, 11)
-    fit(
-        model,
-        encoder,
-        settings,
-        open_segmentation(TRAIN, ImageSpec(), "training"),
-        size,
-        folder=tmp_path,
-        skipped=BadImageLog(None, 60, 0),
-    )
-    losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
-    assert len(losses) == 60 and sum(losses[-10:]) < 0.85 * sum(losses[:10])
 
 
 def test_inconsistent_settings_are_refused(tiny_run: Make, tmp_path: Path) -> None:
