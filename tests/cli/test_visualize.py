@@ -171,7 +171,7 @@ def test_embedding_resumes(model: str, pictures: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(embedding, "features", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert not out.exists() and len(list((tmp_path / "f.npy.partial").glob("*.npz"))) == 2
+    assert not out.exists() and len(list((tmp_path / "f.npy.partial").glob("*.safetensors"))) == 2
     with pytest.raises(UserError, match="unfinished work of another model"):
         run(replace(weights, tensors={key: value + 1 for key, value in weights.tensors.items()}))
     with pytest.raises(UserError, match="other images, --features or --precision"):

@@ -4,8 +4,6 @@ import io
 import os
 import shutil
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy.typing as npt
 import torch
 from jaxtyping import Shaped
 from rich.console import Console
+from safetensors.numpy import save
 from torch import Tensor
 
 from pixmim.config import ModelConfig
@@ -30,13 +29,12 @@ from pixmim.training.precision import Precision, autocast
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.console import csv_cell, print_plain, utf8
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import atomic_write, check_output, read_file, read_json, write_csv, write_json
+from pixmim.utils.files import atomic_write, check_output, read_json, write_csv, write_json, write_text_atomically
 from pixmim.utils.lock import LOCK_NAME, locked_folder
 from pixmim.weights.detect import Weights
+from pixmim.weights.safe_load import read
 
 Kind = Literal["cls", "mean", "both"]
-
-_MAX_BYTES = 2**31  # of a saved batch
 
 
 def embed(
@@ -86,15 +84,14 @@ def embed(
             skipped_path.unlink(missing_ok=True)
         encoder = frozen_encoder_from_weights(weights, device=device, precision=precision)
         identity = {"model": fingerprint(encoder), "features": kind, "data": data.spec, "files": data.fingerprint()}
-        identity["precision"] = encoder.precision
+        identity |= {"precision": encoder.precision, "format": "safetensors"}
         first = _resume(work, identity)
         skipped = BadImageLog(skipped_path, len(data), 1.0)
         for rows, indices, end in embed_batches(encoder, data, skipped, batch, first, console, kind):
-            arrays: dict[str, Any] = {"index": indices, **rows}
-            atomic_write(work / f"{first:09d}.npz", partial(np.savez, **arrays))
+            write_text_atomically(work / f"{first:09d}.safetensors", save({"index": indices, **rows}))
             first = end
             write_json(work / "state.json", identity | {"done": end})
-        if not any(work.glob("*.npz")):
+        if not any(work.glob("*.safetensors")):
             raise UserError(f"no image of {data.spec} can be read: see {skipped_path}")
         table = _read_batches(work, len(data))
         more, lines = dict[str, Any](), list[str]()
@@ -155,7 +152,7 @@ def _resume(work: Path, identity: dict[str, Any]) -> int:
         raise UserError(
             f"{work} holds unfinished work of another model or other images, --features or --precision: remove it first"
         )
-    for file in work.glob("*.npz"):  # written after the last saved state
+    for file in work.glob("*.safetensors"):  # written after the last saved state
         if not file.stem.isdecimal() or int(file.stem) >= done:
             file.unlink()
     return done
@@ -164,24 +161,16 @@ def _resume(work: Path, identity: dict[str, Any]) -> int:
 def _read_batches(work: Path, images: int) -> dict[str, npt.NDArray[Any]]:
     """Read and check all saved rows. Raises UserError if a file is damaged."""
     try:
-        files = [io.BytesIO(read_file(path, _MAX_BYTES)) for path in sorted(work.glob("*.npz"))]
-        for file in files:
-            with zipfile.ZipFile(file) as members:
-                if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
-                    raise ValueError("it is compressed")
-            file.seek(0)
-        batches = [dict(np.load(file, allow_pickle=False)) for file in files]
-        table = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+        batches = [read(path).tensors for path in sorted(work.glob("*.safetensors"))]
+        names = sorted(batches[0], key="mean".__eq__)  # the mean last
+        table = {name: torch.cat([batch[name] for batch in batches]).numpy() for name in names}
         index = table["index"]
         if index.dtype != np.int64 or not ((index >= 0) & (index < images)).all():
             raise ValueError("its indices are out of range")
         rows = [value for key, value in table.items() if key != "index"]
         if not rows or any(len(v) != len(index) or v.ndim != 2 or v.dtype != np.float32 for v in rows):
             raise ValueError("its arrays differ in length or type")
-    except (
-        *(OSError, ValueError, KeyError, EOFError, MemoryError, TypeError, RuntimeError),  # NotImplementedError as well
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
+    except (UserError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{work} holds damaged unfinished work ({error}): remove it first") from error
     return table
 
