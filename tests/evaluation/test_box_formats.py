@@ -137,7 +137,7 @@ def test_lines_that_are_not_objects_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n".join([*rows, "0 0.5 nan 0.1 0.1", "x"]) + "\n" + good)
     data = open_detection(str(tmp_path), "", RGB)
     assert "1 annotations have a bbox that is not four numbers" in data.problems
-    assert "1 annotations have a category_id that the file does not list" in data.problems
+    assert "1 annotations have no category_id that the file lists" in data.problems
     (tmp_path / "a.txt").write_text(good + "x\n")
     with pytest.raises(UserError, match="more than a quarter"):
         open_detection(str(tmp_path), "", RGB)

@@ -148,7 +148,7 @@ def test_objects_left_out_are_counted_by_their_reason(tmp_path: Path, capsys: py
     (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": [good] * 9 + [*bad]}))
     assert cli.main(["coverage", str(tmp_path / "a.json"), "--size", "32", "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    for kind in ("have a image_id that the file does not list", "have a bbox that is not four numbers", "their image"):
+    for kind in ("have no image_id that the file lists", "have a bbox that is not four numbers", "their image"):
         assert f"{kind}: left out" in text
     assert json.loads((tmp_path / "out/coverage.json").read_text())["left_out"] == 3
 
@@ -197,6 +197,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["coverage", "/no/such.csv"]) == 1 and cli.main(["coverage", "shapes:", "--mask-ratio", "1"]) == 1
     with pytest.raises(UserError, match="--simulate takes 2 crops or more"):
         measure_coverage("shapes:count=5,size=48", (48, 48), draws=1)
+    with pytest.raises(UserError, match=r"--size must be above 4, .* not 4x48"):
+        measure_coverage("shapes:count=5,size=48", (4, 48))
+    assert measure_coverage("shapes:count=5,size=48", (5, 48)).means()
     boxes, masks = (measure_coverage("shapes:count=5,size=48", (48, 48), boxes=flag) for flag in (True, False))
     assert boxes.objects[0].mask is None and masks.objects[0].mask is not None
     assert draw(boxes) is not None

@@ -312,7 +312,7 @@ def _broken(entry: Any, index_of: Mapping[Any, int], label_of: Mapping[Any, int]
         return "annotations are not JSON objects"
     for key, known in (("image_id", index_of), ("category_id", label_of)):
         if known is not None and (not _is_key(entry.get(key)) or entry[key] not in known):
-            return f"annotations have a {key} that the file does not list"
+            return f"annotations have no {key} that the file lists"
     box = entry.get("bbox")
     if box is None and entry.get("unreadable"):
         return "objects are in images that cannot be read"

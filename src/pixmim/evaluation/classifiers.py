@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -14,7 +13,6 @@ from pixmim.evaluation.context import BLOCKS, EvalContext
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.evaluation.linear_probe import cached_probe
 from pixmim.models import features
-from pixmim.training.precision import autocast
 from pixmim.utils.errors import UserError
 
 
@@ -110,10 +108,8 @@ def probe_classifier(context: EvalContext, train: str, *, epochs: int, seed: int
 
 
 def _scores(encoder: FrozenEncoder, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    encoder.module.eval()
-
     def scores(images: Tensor) -> Tensor:
-        with torch.no_grad(), autocast(encoder.device, encoder.precision):
+        with encoder.evaluating():
             return function(encoder.preprocess(images))
 
     return scores

@@ -177,7 +177,6 @@ def extract_features(encoder: FrozenEncoder, data: ImageDataset, **options: Any)
     return extract_block_features(encoder, data, **options)[0]
 
 
-@torch.no_grad()
 def extract_block_features(
     encoder: FrozenEncoder,
     data: ImageDataset,

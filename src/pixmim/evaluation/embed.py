@@ -25,7 +25,7 @@ from pixmim.evaluation.context import check_finite, read_batches
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint, frozen_encoder_from_weights
 from pixmim.evaluation.visualize import to_image, to_rgb
 from pixmim.models import features
-from pixmim.training.precision import Precision, autocast
+from pixmim.training.precision import Precision
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.console import csv_cell, print_plain, utf8
 from pixmim.utils.errors import UserError
@@ -121,11 +121,10 @@ def embed_batches(
 
     The names are those of columns, see `embed`; the mean is the last one. Raises UserError if they are not finite.
     """
-    encoder.module.eval()
     encoder.check_batch(min(batch, len(data)))
     crop = evaluation_crop(encoder.size)
     for images, indices, end in read_batches(data, crop, skipped, "features of", console, batch, first):
-        with torch.no_grad(), autocast(encoder.device, encoder.precision):
+        with encoder.evaluating():
             result = features(encoder.module, encoder.preprocess(images))
         both = {result.vector_name: result.vector[:, -1], "mean": result.mean}
         chosen = {

@@ -50,11 +50,11 @@ class FrozenEncoder:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Set the eval mode and the precision of the module within a `with` statement; its mode is restored."""
+        """Set eval mode and precision of the module in a `with` statement, without gradients; its mode is restored."""
         training = self.module.training
         self.module.eval()
         try:
-            with autocast(self.device, self.precision):
+            with torch.no_grad(), autocast(self.device, self.precision):
                 yield
         finally:
             self.module.train(training)

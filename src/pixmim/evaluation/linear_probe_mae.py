@@ -3,7 +3,6 @@
 The frozen encoder sees another crop of each image in every epoch, so features are recomputed instead of cached.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +15,6 @@ from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.evaluation.settings import LinearSettings
 from pixmim.models import features
 from pixmim.training.optim import LARS, Schedule, SyncFreeOptimizer
-from pixmim.training.precision import autocast
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import RandomResizedCrop
 from pixmim.utils.errors import UserError
@@ -46,7 +44,6 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Value
     data.
     """
     encoder, (data, kind) = context.encoder, check_linear_mae(context, settings)
-    encoder.module.eval()
     images, epochs = len(data.train), 90 if settings.epochs is None else settings.epochs
     microbatch, count = split_batch(min(settings.batch_size, images))
     batch = microbatch * count
@@ -102,10 +99,9 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Value
     discard(work)
 
 
-@torch.no_grad()
 def frozen_feature(encoder: FrozenEncoder, kind: str, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
     """Compute the frozen encoder's feature of normalized images: class token ("cls") or mean of patch tokens."""
-    with autocast(encoder.device, encoder.precision):
+    with encoder.evaluating():
         result = features(encoder.module, images)
     return (result.vector[:, -1] if kind == "cls" else result.mean).float()
 

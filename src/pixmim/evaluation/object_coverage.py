@@ -226,6 +226,10 @@ def measure_coverage(
     """
     if not 0 <= mask_ratio < 1:
         raise UserError(f"--mask-ratio is a share from 0 to below 1, not {mask_ratio:g}")
+    if min(size) <= SimpleResizedCrop.padding:
+        raise UserError(
+            f"--size must be above {SimpleResizedCrop.padding}, the padding of SRC, not {size[0]}x{size[1]}"
+        )
     if draws == 1:
         raise UserError("--simulate takes 2 crops or more, for their standard error, or 0 for none: not 1")
     objects, problems = read_objects(spec)

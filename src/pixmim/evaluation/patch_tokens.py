@@ -60,7 +60,6 @@ def check_space(context: EvalContext, images: int, blocks: int = 1) -> None:
         )
 
 
-@torch.no_grad()
 def token_shape(encoder: FrozenEncoder) -> tuple[int, int, int]:
     """Return rows, columns and width of the patch tokens of an image."""
     encoder.check_batch(1)
@@ -87,7 +86,7 @@ def extract_tokens(
     rows, columns, width = token_shape(encoder)
     context.folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=context.folder, prefix="tokens-") as file:
-        with torch.no_grad(), encoder.evaluating():
+        with encoder.evaluating():
             crop = evaluation_crop(encoder.size)
             for images, read, _ in read_batches(data, crop, skipped, "patch tokens of", context.console, batch):
                 maps = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else 1).maps
