@@ -90,14 +90,12 @@ def _coverage(obj: ImageObject, window: tuple[float, float, float, float]) -> fl
 
 
 def _covered(obj: ImageObject, axis: int, covered: Callable[[Values], Values]) -> Values:
-    """Return the covered share of an object along an axis (0 down, 1 across): (k 1), or (k n) for a mask's n pixels.
+    """Return the covered share of an object along an axis (0 down, 1 across): (k 1), or (k n) for n pixels.
 
-    `covered` returns the covered length before each of several edges.
+    `covered` returns the covered length before each of several edges. Only a mask needs each pixel of its box.
     """
-    if obj.mask is not None:
-        edges = np.arange(obj.size[axis] + 1, dtype=np.float64)
-    else:
-        edges = np.array([obj.box[1 - axis], obj.box[3 - axis]])
+    start, end = obj.box[1 - axis], obj.box[3 - axis]
+    edges = np.array([start, end]) if obj.mask is None else np.arange(start, end + 1, dtype=np.float64)
     return np.diff(np.atleast_2d(covered(edges)), axis=1) / np.diff(edges)
 
 
@@ -105,7 +103,9 @@ def _product(obj: ImageObject, rows: Values, columns: Values) -> Values:
     """Return the covered share of the object (k) from the covered shares of its rows and columns."""
     if obj.mask is None:
         return (rows * columns)[:, 0]
-    return np.asarray(((rows @ obj.mask) * columns).sum(axis=1) / obj.mask.sum())
+    left, top, right, bottom = map(int, obj.box)
+    mask = obj.mask[top:bottom, left:right]
+    return np.asarray(((rows @ mask) * columns).sum(axis=1) / mask.sum())
 
 
 def _scale(size: tuple[int, int], crop: Crop) -> tuple[float, float]:
@@ -222,7 +222,8 @@ def measure_coverage(
     """Measure the coverage of all annotated objects (see `annotations.read_objects`) by all crops of `crops`.
 
     With `boxes`, masks are replaced by their boxes. With `draws`, as many crops of each object are sampled as a check.
-    Raises UserError if `mask_ratio` is not in [0, 1), `draws` is 1, or the annotations cannot be read.
+    Raises UserError if `mask_ratio` is not in [0, 1), a side is at most the padding of SRC, `draws` is 1, or the
+    annotations cannot be read.
     """
     if not 0 <= mask_ratio < 1:
         raise UserError(f"--mask-ratio is a share from 0 to below 1, not {mask_ratio:g}")
