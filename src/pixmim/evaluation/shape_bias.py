@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -111,13 +112,15 @@ def shape_decisions(
 def cues(data: ImageDataset, names: list[str]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Return shape and texture of each stimulus as indices into `names`, by file names or shapes:. Raises UserError."""
     shapes = labels_among(data, names)
-    if isinstance(data, SyntheticShapes):  # shape and texture with the same number are one class where they agree
-        index = torch.tensor([names.index(name) for name in data.classes])
-        return shapes, index[torch.from_numpy(data.texture_labels)]
     number = {name.lower(): i for i, name in enumerate(names)} | {name: i for i, name in enumerate(names)}
     longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     after_shape, textures = re.compile(rf"\d*-({longest_first})\d*", re.IGNORECASE), []
+    drawn = lru_cache(lambda source: source.texture_labels)  # computed on each access
     for i in range(len(data)):
+        source, inside = data.locate(i)
+        if isinstance(source, SyntheticShapes):  # shape and texture with the same number are one class where they agree
+            textures.append(number[source.classes[drawn(source)[inside]]])
+            continue
         path, shape = Path(data.path_of(i)), names[int(shapes[i])]
         named = path.stem.lower().startswith(shape.lower())
         match = after_shape.fullmatch(path.stem[len(shape) :]) if named else None

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from pixmim import api
 from pixmim.build import build_encoder
 from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.data import open_dataset
@@ -426,6 +427,20 @@ def test_stimuli_of_any_class_names(tmp_path: Path) -> None:
     data = open_dataset(str(tmp_path))
     found = zip(*(cue.tolist() for cue in shape_bias.cues(data, names)), strict=True)
     assert {data.path_of(i): pair for i, pair in enumerate(found)} == expected
+
+
+def test_cues_of_parts_and_mixtures_of_shapes() -> None:
+    spec = "shapes:count=30,size=32,texture=conflict"
+    alone = open_dataset(spec)
+    assert isinstance(alone, SyntheticShapes)
+    wanted = list(zip(alone.labels.tolist(), alone.texture_labels.tolist(), strict=True))
+    for other, length in ((f"split:test:{spec}", None), (f"{spec}+shapes:count=5,size=32,seed=3,texture=conflict", 30)):
+        data = open_dataset(other)
+        pairs = list(zip(*(cue.tolist() for cue in shape_bias.cues(data, alone.classes)), strict=True))
+        indices = [int(data.path_of(i).split("#")[1]) for i in range(len(data))][:length]
+        assert indices and pairs[: len(indices)] == [wanted[index] for index in indices]
+    settings = api._evaluations("all", {"labelled": "shapes:count=40,size=32"})
+    assert shape_bias.cues(open_dataset(dict(settings)["shape-bias"].data), alone.classes)
 
 
 def test_shapes_in_conflict(texture_classifier: nn.Module, tmp_path: Path) -> None:
