@@ -67,7 +67,6 @@ def check_linear(context: EvalContext, settings: LinearSettings) -> None:
 
 def evaluate_linear(context: EvalContext, settings: LinearSettings) -> Values:
     """Evaluate a linear probe by `fit_sweep` and `repeated.repeat`, or `evaluate_linear_mae`. Raises UserError."""
-    check_linear(context, settings)
     if settings.protocol == "mae":
         yield from evaluate_linear_mae(context, settings)
         return

@@ -497,20 +497,6 @@ def test_windows_cover_every_pixel() -> None:
     assert starts(32, 32) == [0] and starts(33, 32) == [0, 1]
 
 
-class Local(nn.Module):
-    """A network of pixelwise scores, so that windows change nothing."""
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return [torch.cat([images, images.square(), -images], dim=1)]
-
-
-def test_windows_of_a_pixelwise_network_equal_the_full_image(tiny_run: Make) -> None:
-    encoder = encoder_of(tiny_run())
-    image = torch.randint(0, 255, (3, 32, 75), dtype=torch.uint8)
-    (scores,) = Local()(flip_and_normalize(image[None], None, encoder.mean, encoder.std))
-    assert torch.equal(segment(Local(), encoder, image, (32, 32)), scores[0].argmax(dim=0))
-
-
 @pytest.mark.parametrize("head", ["linear", "uper"])
 def test_one_window_equals_the_full_image(head: str, tiny_run: Make) -> None:
     encoder = encoder_of(tiny_run())
