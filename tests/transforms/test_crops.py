@@ -139,3 +139,42 @@ def test_arrays_and_tensors_have_the_same_crops(crop: Crop, dtype: type) -> None
     assert np.array_equal(crops[0], crops[1].transpose(1, 2, 0)) and np.array_equal(crops[2], crops[0][..., 0])
     with pytest.raises(ValueError, match="not one of 4 dimensions"):
         crop(array[None])
+
+
+INTEGERS = ["int8", "int16", "int32", "int64", "uint16", "uint32", ">u2", ">i4"]
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, "float16", "float64", ">f4"])
+def test_every_dtype_is_interpolated_exactly_and_within_its_range(dtype: str) -> None:
+    """An edge between its smallest and its largest value, where bicubic interpolation overshoots on both sides."""
+    kind = np.dtype(dtype)
+    low, high = (np.iinfo(kind).min, min(np.iinfo(kind).max, 2**40)) if kind.kind in "ui" else (-1000, 1000)
+    image = np.full((20, 20, 2), max(low, -(2**40)), kind)
+    image[:, 9:] = high
+    found = CenterCrop(16)(image)
+    exact = torch.from_numpy(image.astype(np.float64).transpose(2, 0, 1))
+    expected = v2.functional.resize(exact, [16, 16], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    expected = expected.numpy().transpose(1, 2, 0)
+    if kind.kind in "ui":
+        assert expected.max() > high  # what must not wrap around
+        expected = np.clip(np.rint(expected), np.iinfo(kind).min, np.iinfo(kind).max)
+    assert found.dtype == kind.newbyteorder("=")
+    np.testing.assert_allclose(found.astype(np.float64), expected, rtol=1e-15 if kind.kind in "ui" else 2e-3)
+
+
+def test_masks_are_not_interpolated() -> None:
+    for image in (np.ones((20, 30, 1), bool), torch.ones(1, 20, 30, dtype=torch.bool)):
+        with pytest.raises(TypeError, match="bool has no values between"):
+            CenterCrop(16)(image)
+
+
+def test_leading_dimensions_of_a_tensor_have_one_crop() -> None:
+    """As in torchvision."""
+    batch = torch.stack([random_image(20, 30) for _ in range(4)]).reshape(2, 2, 3, 20, 30)
+    for image in (batch, batch[0, 1, 2]):
+        torch.manual_seed(3)
+        found = RandomResizedCrop(16)(image)
+        torch.manual_seed(3)
+        one = RandomResizedCrop(16)(batch[0, 1])
+        assert found.shape == (*image.shape[:-2], 16, 16)
+        assert torch.equal(found[0, 1] if image is batch else found, one if image is batch else one[2])

@@ -4,7 +4,7 @@ The images, crops, flips and masks of a batch are a function of (seed, position)
 threads or ranks, or on interruptions.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
@@ -62,7 +62,7 @@ class Batch:
     weight: float = 1.0
 
 
-class BatchLoader(ABC, Generic[T, B]):
+class BatchLoader(Iterator[B], Generic[T, B]):
     """Endless iterator over batches, prepared by threads. Use it in a `with` statement.
 
     A subclass defines how an image is read and how a batch is assembled.
@@ -113,9 +113,6 @@ class BatchLoader(ABC, Generic[T, B]):
     def ready(self) -> bool:
         """Return True if the next batch is complete."""
         return bool(self._pending) and all(job.done() for job in self._pending[0][0])
-
-    def __iter__(self) -> Iterator[B]:
-        return self
 
     def __next__(self) -> B:
         while len(self._pending) <= _AHEAD:

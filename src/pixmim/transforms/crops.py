@@ -75,16 +75,17 @@ class Crop(ABC):
     @overload
     def __call__(self, image: Array) -> Array: ...
     def __call__(self, image: Image.Image | Tensor | Array) -> Image.Image | Tensor | Array:
-        """Crop a PIL image, a tensor (c h w) or an array (h w c) or (h w), with torch's global generator."""
+        """Crop a PIL image, a tensor (... h w) or an array (h w c) or (h w), with torch's global generator."""
         if not isinstance(image, Image.Image | Tensor | np.ndarray):
             raise TypeError(f"a crop takes a PIL image, a tensor or an array, not {type(image).__name__}")
         u = torch.rand(self.num_uniforms, dtype=torch.float64).tolist()
         if isinstance(image, Image.Image):
             return map_bands(image, lambda tensor: self.crop(tensor, u))
         if isinstance(image, Tensor):
-            return self.crop(image, u)
+            return self.crop(image.reshape(-1, *image.shape[-2:]), u).reshape(*image.shape[:-2], *self.shape)
         if image.ndim not in (2, 3):
             raise ValueError(f"a crop takes an array (h w c) or (h w), not one of {image.ndim} dimensions")
+        image = image.astype(image.dtype.newbyteorder("="), copy=False)
         out = np.empty((*self.shape, *image.shape[2:]), image.dtype)
         self.crop_into(image.reshape(*image.shape[:2], -1), u, out.reshape(*self.shape, -1))
         return out
@@ -261,11 +262,12 @@ def flip_and_normalize(
 
 
 def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
-    if image.shape[-2:] == size:
-        return image
-    if image.dtype == torch.uint16:  # not implemented by torchvision; bicubic overshoots at edges
-        resized = _resize(image.float(), size, interpolation)
-        return resized.round_().clamp_(0, 65535).to(torch.uint16)
+    if image.dtype == torch.bool:
+        raise TypeError("a crop interpolates, and bool has no values between: convert it to uint8 or float32")
+    if image.dtype != torch.uint8 and not image.is_floating_point():  # torchvision wraps around where bicubic overshoots
+        limits, exact = torch.iinfo(image.dtype), torch.float32 if image.itemsize < 4 else torch.float64
+        resized = _resize(image.to(exact), size, interpolation)
+        return resized.round_().clamp_(limits.min, limits.max).to(image.dtype)
     return V.resize(image, list(size), interpolation=_MODES[interpolation], antialias=True)
 
 
