@@ -5,6 +5,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxtyping import Shaped
 
 from pixmim.data.dataset import RGB, BadImage, Extent, ImageSpec
 from pixmim.data.decode.channels import convert
-from pixmim.data.decode.image import read
+from pixmim.data.decode.image import ALL_BITS, read
 from pixmim.data.decode.limits import check_bytes, max_bytes
 from pixmim.data.image_folder import ImageFolder, Listing, from_folder, open_listing
 from pixmim.data.uri import read_options
@@ -34,19 +35,19 @@ class ChannelFiles(ImageFolder):
         return [(path, 0, 0) for path in self._files[self._paths[index]]]
 
     def read(self, index: int) -> bytes:
-        """Return a sample as an .npy file. Raises BadImage."""
+        """Return a sample with all bits of its files, as an .npy file. Raises BadImage."""
         file = io.BytesIO()
-        np.save(file, self._read_channels(index))
+        np.save(file, self._read_channels(index, replace(ALL_BITS, tiff_pages=self.image_spec.tiff_pages)))
         return file.getvalue()
 
     def read_array(self, index: int) -> Shaped[Array, "h w c"]:
-        return convert(self._read_channels(index), self.image_spec)
+        return convert(self._read_channels(index, self.image_spec), self.image_spec)
 
-    def _read_channels(self, index: int) -> Array:
+    def _read_channels(self, index: int, form: ImageSpec) -> Array:
         arrays: list[Array] = []
         for path in self._files[self._paths[index]]:
             try:
-                arrays.append(read(read_file(path, max_bytes()), self.image_spec))
+                arrays.append(read(read_file(path, max_bytes()), form))
             except (OSError, BadImage) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise BadImage(f"{os.path.basename(path)}: {reason}") from None

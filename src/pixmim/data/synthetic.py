@@ -15,7 +15,7 @@ import numpy.typing as npt
 from jaxtyping import Shaped
 
 from pixmim.data.dataset import RGB, ImageDataset, ImageSpec
-from pixmim.data.decode.channels import convert
+from pixmim.data.decode.channels import convert, stretch
 from pixmim.transforms.crops import Array
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError, did_you_mean
@@ -107,7 +107,7 @@ class SyntheticShapes(ImageDataset):
         elif channels != 3:  # repeat the colors, every second time as negatives
             repeats = [image if k % 2 == 0 else 255 - image for k in range(-(-channels // 3))]
             image = np.concatenate(repeats, 2)[..., :channels]
-        return np.ascontiguousarray(convert(image, self.image_spec))
+        return np.ascontiguousarray(convert(stretch(image, self.image_spec), self.image_spec))
 
     def sample(self, index: int) -> Sample:
         """Draw a sample."""

@@ -256,15 +256,16 @@ def flip_and_normalize(
     255 in uint8 and 65535 in uint16 are scaled to one; floating-point images are not scaled.
     """
     scale = 1.0 if images.is_floating_point() else float(torch.iinfo(images.dtype).max)
-    shape = (1, -1, 1, 1)
-    x = (images.float() - (mean * scale).view(shape)) / (std * scale).view(shape)
+    x = (images.float() - (mean * scale).view(-1, 1, 1)) / (std * scale).view(-1, 1, 1)
     return x if flip is None else torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
 def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    if image.shape[-2:] == size:
+        return image
     if image.dtype == torch.bool:
         raise TypeError("a crop interpolates, and bool has no values between: convert it to uint8 or float32")
-    if image.dtype != torch.uint8 and not image.is_floating_point():  # torchvision wraps around where bicubic overshoots
+    if image.dtype != torch.uint8 and not image.is_floating_point():  # torchvision wraps what bicubic overshoots
         limits, exact = torch.iinfo(image.dtype), torch.float32 if image.itemsize < 4 else torch.float64
         resized = _resize(image.to(exact), size, interpolation)
         return resized.round_().clamp_(limits.min, limits.max).to(image.dtype)

@@ -106,3 +106,28 @@ def test_mean_and_std_are_those_of_the_pixels_with_data(tmp_path: Path, dtype: s
     np.testing.assert_allclose(result.mean, np.mean(means, 0), atol=rounding / 5 + 1e-6)
     spread = np.mean(variances, 0) + np.var(means, 0)
     np.testing.assert_allclose(result.std, np.sqrt(spread), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("value", ["-9999", "nan"])
+def test_percentiles_and_statistics_are_those_of_the_pixels_with_data(tmp_path: Path, dtype: str, value: str) -> None:
+    """Whatever their share, also where they are clipped."""
+    values = RNG.exponential(300, (40, 30)).astype(np.float32)
+    holed = values.copy()
+    holed[:31] = float(value)
+    (tmp_path / "0.tif").write_bytes(written(holed, value, photometric="minisblack"))
+    data = open_dataset(str(tmp_path), ImageSpec(1, dtype, stretch="5,80"))  # type: ignore[arg-type]
+    low, high = np.percentile(values[31:].astype(np.float64), [5, 80])
+    expected = np.clip((values[31:] - low) / (high - low), 0, 1)
+    white = {"uint8": 255, "uint16": 65535, "float32": 1}[dtype]
+    found = data.read_array(0)[..., 0] / white
+    rounding = 0.51 / white if dtype != "float32" else 1e-6
+    np.testing.assert_allclose(found[31:], expected, atol=rounding)
+    np.testing.assert_allclose(found[:31], expected.mean(), atol=2 * rounding)
+    result = statistics.measure(data, [0], threads=1)
+    np.testing.assert_allclose([result.mean[0], result.std[0]], [expected.mean(), expected.std()], atol=2 * rounding)
+    (tmp_path / "0.tif").write_bytes(
+        written(np.full((9, 9), float(value), np.float32), value, photometric="minisblack")
+    )
+    with pytest.raises(BadImage, match="channel 1 has no data"):
+        data.read_array(0)

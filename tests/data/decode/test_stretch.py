@@ -12,7 +12,7 @@ from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import BadImage, ImageSpec
-from pixmim.data.decode.channels import convert
+from pixmim.data.decode.channels import stretch
 from pixmim.data.decode.image import decode
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.statistics import Stats, load_statistics, save_statistics
@@ -45,7 +45,7 @@ def test_percentiles_of_each_channel_become_the_full_range(
     source: str, dtype: str, text: str, low: float, high: float
 ) -> None:
     form = ImageSpec(3, dtype, stretch=text)  # type: ignore[arg-type]
-    pixels = convert(SOURCES[source], form)
+    pixels = stretch(SOURCES[source], form)
     assert pixels.dtype == dtype
     tolerance = 1e-5 if dtype == "float32" else 0.51
     assert np.abs(pixels - by_numpy(SOURCES[source], low, high, dtype)).max() <= tolerance
@@ -55,12 +55,12 @@ def test_percentiles_of_each_channel_become_the_full_range(
 def test_flat_and_nearly_flat_images() -> None:
     form = ImageSpec(1, "uint8", stretch="1,99")
     for kind in (np.uint8, np.uint16, np.float32):
-        assert not convert(np.full((9, 9, 1), 7, kind), form).any()
+        assert not stretch(np.full((9, 9, 1), 7, kind), form).any()
     spot = np.full((20, 20, 1), 7, np.uint16)
     spot[3, 3], spot[4, 4] = 17, 12
-    assert sorted(set(convert(spot, form).ravel().tolist())) == [0, 128, 255]
+    assert sorted(set(stretch(spot, form).ravel().tolist())) == [0, 128, 255]
     with pytest.raises(BadImage, match="1 of its values are not finite"):
-        convert(np.asarray([[1.0, np.nan]], np.float32)[..., None], form)
+        stretch(np.asarray([[1.0, np.nan]], np.float32)[..., None], form)
 
 
 def test_all_bits_of_a_file_are_stretched() -> None:

@@ -4,12 +4,14 @@ Channels: grey is repeated to three channels, and color becomes grey by its luma
 
 Dtypes: unsigned 8-bit and 16-bit values are fractions of their largest value, so 255, 65535 and 1.0 are equal. All
 others (floating point, signed, 32 bits) are measurements, such as metres or Hounsfield units, without a value that
-means white: only float32 takes them, unchanged, unless they are stretched. Values that are not finite are an error.
+means white: only float32 takes them, unchanged, unless `stretch` was applied first. Values that are not finite are an
+error.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from pixmim.data.dataset import BadImage, DType, ImageSpec
 from pixmim.data.decode.limits import check_bytes
@@ -21,21 +23,22 @@ _LUMA = np.asarray((19595, 38470, 7471), np.uint32)
 
 _BLOCK = 2**20  # values converted at a time
 
+NOT_MISSING = np.zeros((1, 1, 1), np.bool_)
+"""Mask of the missing values of an image without any."""
+
 
 class ChannelMismatch(BadImage):
     """The file has another number of channels than the run."""
 
 
 def convert(pixels: Array, form: ImageSpec) -> Array:
-    """Convert pixels (h w c) of any dtype to (h w form.channels) of form.dtype, stretched by form.stretch.
+    """Convert pixels (h w c) of any dtype to (h w form.channels) of form.dtype. They are not stretched: see `stretch`.
 
     Raises:
         ChannelMismatch: If the number of channels differs, and is not 1 for 3 or 3 for 1.
         BadImage: If there is no conversion, or a value is not finite.
     """
     channels = pixels.shape[2]
-    if form.stretch:
-        pixels = _stretch(pixels, form)
     if channels != form.channels and (channels, form.channels) not in ((3, 1), (1, 3)):
         raise ChannelMismatch(
             f"{channels} channel{'s' * (channels > 1)} instead of {form.channels}: pass --channels {channels}"
@@ -54,22 +57,32 @@ def convert(pixels: Array, form: ImageSpec) -> Array:
     return result
 
 
-def _stretch(pixels: Array, form: ImageSpec) -> Array:
-    """Map percentiles of each channel to the full range of form.dtype; values beyond them are clipped.
+def stretch(pixels: Array, form: ImageSpec, missing: npt.NDArray[np.bool_] = NOT_MISSING) -> Array:
+    """Map percentiles of each channel (h w c) to the full range of form.dtype; values beyond them are clipped.
 
-    Where both percentiles are one value, minimum and maximum take their place. A flat channel becomes zero.
+    Where both percentiles are one value, minimum and maximum take their place. A flat channel becomes zero. Values that
+    are `missing` (h w c) count for nothing and become zero. Without form.stretch, the pixels are returned unchanged.
+
+    Raises:
+        BadImage: If a value that is not missing is not finite.
     """
+    if not form.stretch:
+        return pixels
     percentiles = np.asarray(parse_stretch(form.stretch))
     check_bytes(pixels.size * form.itemsize)
     result = np.empty(pixels.shape, form.dtype)
     white = 1.0 if form.dtype == "float32" else float(np.iinfo(form.dtype).max)
     for k in range(pixels.shape[2]):
         channel: Array = pixels[..., k].astype(np.uint8) if pixels.dtype == bool else pixels[..., k]
-        if invalid := channel.size - int(np.isfinite(channel).sum()):
+        hidden = missing[..., min(k, missing.shape[2] - 1)]
+        valid = channel[~hidden] if hidden.any() else channel
+        if invalid := valid.size - int(np.isfinite(valid).sum()):
             raise BadImage(f"{invalid:,} of its values are not finite numbers: fill or crop them first")
-        low, high = np.percentile(channel, percentiles)
-        if low == high:
-            low, high = float(channel.min()), float(channel.max())
+        low, high = np.percentile(valid, percentiles) if valid.size else (0.0, 0.0)
+        if low == high and valid.size:
+            low, high = float(valid.min()), float(valid.max())
+        if valid is not channel:
+            channel = np.where(hidden, low, channel)
         scale = 1 / (high - low) if high > low else 0.0
         for rows in _row_blocks(pixels):
             values = np.clip((channel[rows].astype(np.float64) - low) * scale, 0, 1) * white

@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError, WebPIm
 
 from pixmim.data.dataset import RGB, BadImage, ImageSpec, TiffPages
 from pixmim.data.decode import headers
-from pixmim.data.decode.channels import ChannelMismatch, apply_exif_orientation, convert
+from pixmim.data.decode.channels import ChannelMismatch, apply_exif_orientation, convert, stretch
 from pixmim.data.decode.dicom import is_dicom, read_dicom
 from pixmim.data.decode.kinds import HEAD_BYTES, identify
 from pixmim.data.decode.limits import MAX_PIXELS_VARIABLE, check_size, max_pixels, run_with_time_limit
@@ -45,7 +45,7 @@ def decode(data: bytes, form: ImageSpec = RGB) -> Array:
     if data.startswith(headers.JPEG_MAGIC) and form.channels in (1, 3):
         pixels = _decode_jpeg(data, 3 if form.stretch else form.channels)  # stretched first, then gray
         if pixels is not None:
-            return convert(pixels, form)
+            return convert(stretch(pixels, form), form)
     pixels = read(data, form)
     try:
         return np.ascontiguousarray(convert(pixels, form))
@@ -59,9 +59,9 @@ def decode(data: bytes, form: ImageSpec = RGB) -> Array:
 def read(data: bytes, form: ImageSpec = ALL_BITS) -> Array:
     """Decode an image file to pixels (h w c) with its own channels and dtype, ready for `convert` to `form`.
 
-    Pages of TIFF and DICOM, and the largest share without data, are those of `form`. For uint8, unless its percentiles
-    are stretched, Pillow reads the upper 8 of 16 bits of color, and no other library is needed. For float32, DICOM is
-    read as measurements.
+    Pages of TIFF and DICOM, percentiles to stretch, which give pixels of form.dtype, and the largest share without data
+    are those of `form`. For uint8 without stretching, Pillow reads the upper 8 of 16 bits of color, and no other
+    library is needed. For float32, DICOM is read as measurements.
 
     Raises:
         BadImage: If that is not possible.
@@ -126,30 +126,37 @@ def _decode_jpeg(data: bytes, channels: int) -> Array | None:
 
 
 def _read(data: bytes, form: ImageSpec) -> Array:
+    pixels, no_data = _read_stored(data, form)
+    no_data = no_data.of_channels(pixels.shape[2])
+    return fill_no_data(stretch(pixels, form, no_data.missing), no_data, form.max_no_data)
+
+
+def _read_stored(data: bytes, form: ImageSpec) -> tuple[Array, NoData]:
+    """Decode an image file; also return where it has no data, as the values in it say."""
     deep = form.dtype != "uint8" or bool(form.stretch)
     if not data:
         raise BadImage("the file is empty")
     if data.startswith(NPY_MAGIC):
-        return read_npy(data)
+        return read_npy(data), NoData()
     # Bytes 24 and 25 of a PNG are the bit depth and the color type; type 0 is grey.
     if deep and data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10" and data[25:26] != b"\0":
         with open_image(data, ("PNG",)) as image:  # reads the chunks before the pixels
             width, height = image.size
             orientation = _orientation(image)
-        return read_png16(data, width, height, orientation)
+        return read_png16(data, width, height, orientation), NoData()
     if is_dicom(data):  # before TIFF, whose header some files have in their preamble
-        return read_dicom(data, form.tiff_pages, "uint16" if deep and form.dtype == "uint8" else form.dtype)
+        return read_dicom(data, form.tiff_pages, "uint16" if deep and form.dtype == "uint8" else form.dtype), NoData()
     if data[:4] in headers.TIFF_MAGIC:
         tiff = headers.sanitize_tiff(data, form.tiff_pages)
-        return fill_no_data(*_read_tiff(tiff, form.tiff_pages, deep), form.max_no_data)
+        return _read_tiff(tiff, form.tiff_pages, deep)
     with open_image(data) as image:
         if image.format == "PPM" and deep and image.mode == "RGB" and _ppm_max_value(image) > 255:
             raise BadImage("Pillow reads only 8 bits of 16-bit color PPM: save it as PNG or TIFF")
         with _pillow_errors():
             image.load()
             if image.format == "PPM" and image.mode == "I":  # 16-bit grey, which Pillow holds in 32 bits
-                return _map_blocks(lambda block: np.asarray(block, np.uint16)[..., None], image)
-            return apply_exif_orientation(_to_array(image), _orientation(image))
+                return _map_blocks(lambda block: np.asarray(block, np.uint16)[..., None], image), NoData()
+            return apply_exif_orientation(_to_array(image), _orientation(image)), NoData()
 
 
 def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> tuple[Array, NoData]:

@@ -4,12 +4,13 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from pixmim.data.dataset import BadImage
+from pixmim.data.decode.channels import NOT_MISSING
 from pixmim.transforms.crops import Array
 
 TAG = 42113
@@ -19,7 +20,7 @@ _recorder = threading.local()
 
 @contextmanager
 def recorded_shares() -> Iterator[list[npt.NDArray[np.float64]]]:
-    """Yield a list of the shares of values with data in each channel (c), for each TIFF that this thread decodes."""
+    """Yield a list of the shares of values with data in each channel (c), for each file that `read` reads here."""
     _recorder.shares = shares = list[npt.NDArray[np.float64]]()
     try:
         yield shares
@@ -37,17 +38,24 @@ def parse_no_data(text: object) -> float | None:
 
 @dataclass(frozen=True)
 class NoData:
-    """Mask of the pixels without data, per channel (h w c) or for all (h w 1); of shape (1 1 1) if there are none."""
+    """Mask of the values without data (h w c), as stored or `of_channels`; of height and width 1 if there are none."""
 
-    missing: npt.NDArray[np.bool_]
+    missing: npt.NDArray[np.bool_] = field(default_factory=lambda: NOT_MISSING)
     value: float = 0.0
 
     @classmethod
     def find(cls, stored: Array | None, value: float | None) -> "NoData":
         """Compare the values (h w c) as they are in the file, before any conversion."""
         if stored is None or value is None or not _fits(stored, value):
-            return cls(np.zeros((1, 1, 1), bool))
+            return cls()
         return cls(np.isnan(stored) if math.isnan(value) else stored == stored.dtype.type(value), value)
+
+    def of_channels(self, count: int) -> "NoData":
+        """Return the mask for `count` channels made of the stored ones, such as colors of a palette."""
+        if self.missing.shape[2] == count:
+            return self
+        missing = self.missing.all(axis=2, keepdims=True)
+        return NoData(np.broadcast_to(missing, (*missing.shape[:2], count)), self.value)
 
 
 def fill_no_data(pixels: Array, no_data: NoData, max_share: float = 1.0) -> Array:
@@ -57,8 +65,6 @@ def fill_no_data(pixels: Array, no_data: NoData, max_share: float = 1.0) -> Arra
         BadImage: If the share of pixels without data is above `max_share`, or a channel has no data at all.
     """
     missing, value = no_data.missing, no_data.value
-    if missing.shape[2] != pixels.shape[2]:  # of a palette, or of other colors
-        missing = np.broadcast_to(missing.all(axis=2, keepdims=True), (*missing.shape[:2], pixels.shape[2]))
     if hasattr(_recorder, "shares"):
         _recorder.shares.append(1 - missing.mean(axis=(0, 1)))
     if not missing.any():
