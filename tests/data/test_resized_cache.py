@@ -136,6 +136,17 @@ def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -
         open_dataset(str(folder))
 
 
+@pytest.mark.parametrize("text", ['{"editor.fontSize": 12}', "{} // a comment", "[1]", "\0"])
+def test_settings_of_another_program_do_not_make_a_cache(pictures: Path, tmp_path: Path, text: str) -> None:
+    (pictures / "settings.json").write_text(text)
+    assert len(open_dataset(str(pictures))) == 10
+    (tmp_path / "mine").mkdir()
+    (pictures / "settings.json").rename(tmp_path / "mine" / "settings.json")
+    with pytest.raises(UserError, match="other files and is not a cache"):
+        make_cache(open_dataset(str(pictures)), tmp_path / "mine", SIZE)
+    assert (tmp_path / "mine" / "settings.json").read_text() == text
+
+
 def test_grey_and_420(pictures: Path, tmp_path: Path) -> None:
     make_cache(open_dataset(str(pictures), ImageSpec(1)), tmp_path / "grey", SIZE)
     assert open_dataset(str(tmp_path / "grey"), ImageSpec(1)).image(0).shape[0] == 1

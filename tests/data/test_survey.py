@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.cli import say
 from pixmim.data import open_dataset
-from pixmim.data.survey import Survey, split_masks, survey
+from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.dataset import ImageSpec
+from pixmim.data.survey import Survey, is_cache, open_unconverted, split_masks, survey
 from pixmim.utils.errors import UserError
 
 NOISE = np.random.default_rng(0)
@@ -27,9 +30,9 @@ def mask() -> np.ndarray:
     return np.kron(NOISE.integers(0, 2, (10, 12), np.uint8) * 255, np.ones((4, 4), np.uint8))
 
 
-def examine(folder: Path, **options: int) -> Survey:
-    dataset = open_dataset(str(folder))
-    return survey(dataset, split_masks(dataset), **options)
+def examine(data: object, **options: int) -> Survey:
+    dataset = open_unconverted(str(data))
+    return survey(str(data), dataset, split_masks(dataset), **options)
 
 
 def names(dataset_folder: Path) -> tuple[list[str], list[str]]:
@@ -91,6 +94,24 @@ def test_channels_and_dtype_are_those_of_the_files(tmp_path: Path) -> None:
     assert (found.image_spec.channels, found.image_spec.dtype) == (1, "uint16") and not found.flat
 
 
+def test_splits_and_mixtures_of_deep_images_and_caches_keep_their_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(8):
+        save(tmp_path / "deep" / "ab"[i % 2] / f"{i}.png", NOISE.integers(0, 4_000, (40, 40), np.uint16))
+    spec = ImageSpec(1, "uint16", stretch="1,99")
+    make_cache(open_dataset(str(tmp_path / "deep"), spec), tmp_path / "cache", (24, 24), kind="raw")
+    for text, count in (("split:train:{}", 6), ("{}*2", 16), ("{0}+{0}", 16)):
+        assert examine(text.format(tmp_path / "deep")).image_spec == ImageSpec(1, "uint16")
+        data = text.format(tmp_path / "cache")
+        found = examine(data)
+        assert (found.image_spec, found.images, found.data) == (spec, count, data)
+        assert is_cache(open_unconverted(data))
+        status, text = say(capsys, "stats", data)
+        assert status == 0 and text.endswith(spec.flags)
+    assert not is_cache(open_unconverted(str(tmp_path / "deep")))
+
+
 def test_images_without_contrast_have_no_spectrum(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / f"{i}.png", np.full((20, 20, 3), i, np.uint8))
@@ -105,6 +126,5 @@ def test_a_dataset_without_a_readable_image_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_sample_is_bounded_and_datasets_without_files_are_examined() -> None:
-    dataset = open_dataset("shapes:count=500,size=32")
-    found = survey(dataset, split_masks(dataset), sample=20)
+    found = examine("shapes:count=500,size=32", sample=20)
     assert (found.images, found.examined, found.masks) == (500, 20, 0)

@@ -7,7 +7,7 @@ The package is not called `advise`: importing `pixmim.advise` would replace the 
 
 import os
 import shlex
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,7 +107,7 @@ def advise(
     if write_list is not None:
         check_list(dataset, len(split[0]), images, Path(write_list), overwrite)
     size = min(get_recipe(choose_recipe(len(split[0]), target)).image_size)
-    found = replace(survey(dataset, split, size=size, sample=images, console=console), data=os.fspath(data))
+    found = survey(os.fspath(data), dataset, split, size=size, sample=images, console=console)
     if write_list is not None:
         commands, source = list[str](), write_image_list(dataset, split[0], found, Path(write_list))
     else:

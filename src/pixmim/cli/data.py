@@ -208,12 +208,12 @@ def stats(
     """
     from pixmim.data import open_dataset, statistics
     from pixmim.data.dataset import ImageSpec
-    from pixmim.data.resized_cache import read_settings
+    from pixmim.data.resized_cache import find_settings
     from pixmim.utils.console import progress
 
     data = choice.choose(data)
     console, spec = Console(), absolute(data)
-    settings = read_settings(spec)
+    settings = find_settings(spec)
     given = {name: value for name, value in asdict(files).items() if value != getattr(_FileFlags, name)}
     likely = replace(ImageSpec() if settings is None else settings.image_spec, **given)
     dataset = open_dataset(spec, likely)

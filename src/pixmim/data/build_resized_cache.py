@@ -166,7 +166,8 @@ def _write_or_check_settings(folder: Path, settings: CacheSettings) -> None:
     if existing is None:
         folder.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in folder.iterdir() if not path.name.endswith(".tmp")]
-        if others and others != ["settings.json"]:  # which another rank may just have written
+        is_new = not others or (others == ["settings.json"] and read_settings(folder))  # just written by another rank
+        if not is_new:
             raise UserError(f"{folder} has other files and is not a cache: choose a new folder")
         write_json(folder / "settings.json", asdict(settings))
         return

@@ -11,6 +11,7 @@ Shard s holds the readable ones of images s*n to (s+1)*n - 1, so any process can
 is written to a local folder, and read from there or from a URL.
 """
 
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pixmim.data.shards.dataset import INDEX_DTYPE, IndexEntries, ShardDataset, 
 from pixmim.data.shards.fsspec_io import file_version, is_url, read_small_file
 from pixmim.data.shards.local import FileVersion
 from pixmim.data.shards.remote import open_shards
+from pixmim.data.uri import read_parts
 from pixmim.transforms.crops import Interpolation
 from pixmim.utils.errors import UserError, shown
 from pixmim.utils.files import parse_json
@@ -81,16 +83,22 @@ def checksum(entries: bytes) -> int:
 
 
 def read_settings(folder: str | Path) -> CacheSettings | None:
-    """Read the settings of the cache in a folder or at a URL, or return None if there is no cache. Raises UserError."""
-    name = f"{folder}/settings.json"
-    content = _read_json(name)
-    if content is None:
-        return None
+    """Read the settings of the cache in a folder or at a URL, or return None if there is no cache. Raises UserError.
+
+    A local folder with a settings.json of another program, and without a shard, is not a cache.
+    """
     try:
-        _check_settings(content)
-    except UserError as error:
-        raise UserError(f"{name} is damaged ({error}): {_RECREATE}") from None
-    return CacheSettings(**content)
+        return _parse_settings(f"{folder}/settings.json")
+    except UserError:
+        if is_url(str(folder)) or any(Path(folder).glob("shard-*")):
+            raise
+        return None
+
+
+def find_settings(spec: str) -> CacheSettings | None:
+    """Return the settings of the first cache among the parts of a dataset, or None without any. Raises UserError."""
+    folders = (os.path.expanduser(part.source) for part in read_parts(spec))
+    return next((settings for folder in folders if (settings := read_settings(folder)) is not None), None)
 
 
 def read_index(folder: str | Path, shard: int) -> IndexEntries | None:
@@ -156,6 +164,18 @@ def _read_json(name: str) -> Any:
     """Return the content of a JSON file at a path or URL; an object without keys for null, and None without a file."""
     text = read_small_file(name)
     return None if text is None else parse_json(text.decode("utf-8", "surrogateescape"), name) or {}
+
+
+def _parse_settings(name: str) -> CacheSettings | None:
+    """Return the content of a settings.json at a path or URL, or None without a file. Raises UserError."""
+    content = _read_json(name)
+    if content is None:
+        return None
+    try:
+        _check_settings(content)
+    except UserError as error:
+        raise UserError(f"{name} is damaged ({error}): {_RECREATE}") from None
+    return CacheSettings(**content)
 
 
 def _check_settings(content: Any) -> None:

@@ -18,7 +18,7 @@ from pixmim.data import open_dataset
 from pixmim.data.dataset import RGB, BadImage, ImageDataset, ImageSpec, prefetch_in_order
 from pixmim.data.duplicates import group_duplicates, perceptual_hash
 from pixmim.data.image_folder import ImageFolder
-from pixmim.data.resized_cache import read_settings
+from pixmim.data.resized_cache import find_settings
 from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.spectrum import Spectrum, radial_spectrum
 from pixmim.data.statistics import choose_image_spec, count_formats, sample_indices
@@ -110,6 +110,7 @@ class Survey:
 
 
 def survey(
+    data: str,
     dataset: ImageDataset,
     split: tuple[Indices, Indices],
     *,
@@ -120,16 +121,17 @@ def survey(
     """Examine a sample of a dataset. Raises UserError if no image can be read.
 
     Args:
-        dataset: The dataset.
+        data: What the user passed to open it, to open it again in the channels and dtype of most of its images.
+        dataset: The dataset, as `open_unconverted` opens it.
         split: Its images and its masks, see `split_masks`.
         size: Side in pixels of the crops whose spectrum is measured. Smaller images are not enlarged for it.
         sample: Images to read, evenly distributed; at most MAX_SAMPLE.
         console: Shows progress.
     """
-    data, (images, masks) = dataset.spec, split
+    images, masks = split
     first = [int(images[i]) for i in sample_indices(len(images), _FEW)]
     formats = count_formats(dataset, first)
-    image_spec = dataset.image_spec if is_cache(dataset) else choose_image_spec(formats)
+    image_spec = dataset.image_spec if find_settings(data) is not None else choose_image_spec(formats)
     if image_spec != dataset.image_spec:
         dataset = open_dataset(data, image_spec)
 
@@ -182,14 +184,15 @@ def survey(
 
 
 def open_unconverted(data: str) -> ImageDataset:
-    """Open a dataset: a cache in its own channels and dtype, anything else in RGB. Raises UserError."""
-    settings = read_settings(os.path.expanduser(data))
+    """Open a dataset: one with a cache in the cache's channels and dtype, anything else in RGB. Raises UserError."""
+    settings = find_settings(data)
     return open_dataset(data, RGB if settings is None else settings.image_spec)
 
 
 def is_cache(dataset: ImageDataset) -> bool:
-    """Return True if a dataset is a cache of resized images."""
-    return isinstance(dataset, ShardDataset) and dataset.sizes is not None
+    """Return True if a dataset, or the first part of a mixture, is a cache of resized images."""
+    source, _ = dataset.locate(0)
+    return isinstance(source, ShardDataset) and source.sizes is not None
 
 
 def split_masks(dataset: ImageDataset) -> tuple[Indices, Indices]:
