@@ -201,7 +201,14 @@ def test_an_image_outside_of_class_folders_removes_the_classes(pictures: Path) -
 
 @pytest.mark.parametrize(
     ("coding", "end"),
-    [("utf-8", "\n"), ("utf-8", "\r\n"), ("utf-8-sig", "\n"), ("utf-16-le", "\n"), ("utf-16-be", "\r\n")],
+    [
+        ("utf-8", "\n"),
+        ("utf-8", "\r\n"),
+        ("utf-8-sig", "\n"),
+        ("utf-16-le", "\n"),
+        ("utf-16-be", "\r\n"),
+        ("utf-8", "\r"),
+    ],
 )
 def test_list_encodings(coding: str, end: str, pictures: Path) -> None:
     Image.new("RGB", (9, 9)).save(pictures / "ö ö.png")

@@ -310,10 +310,10 @@ def test_commands_print_what_is_left_out(pictures: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("mark", [", ", ",", "\t", " "])
-@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_a_list_has_the_class_of_each_image_after_its_path(pictures: Path, mark: str, coding: str) -> None:
+@pytest.mark.parametrize(("coding", "end"), [("utf-8", "\r\n"), ("utf-8-sig", "\r"), ("utf-16", "\n")])
+def test_a_list_has_the_class_of_each_image_after_its_path(pictures: Path, mark: str, coding: str, end: str) -> None:
     lines = [f"{folder}/{i}.jpg{mark}ü{i % 2}" for folder in ("cats", "dogs") for i in (3, 0, 4)]
-    (pictures / "list.txt").write_bytes(("\r\n".join(["", *lines, "cats/1.jpg", lines[0]])).encode(coding))
+    (pictures / "list.txt").write_bytes((end.join(["", *lines, "cats/1.jpg", lines[0]])).encode(coding))
     data = open_dataset(f"{pictures}/list.txt")
     assert [data.path_of(i) for i in range(len(data))] == [f"{pictures}/{line.split(mark)[0]}" for line in lines]
     assert names(data) == [line.split(mark)[1] for line in lines] and data.classes == ["ü0", "ü1"]

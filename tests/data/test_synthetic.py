@@ -78,6 +78,8 @@ def test_spec_round_trip() -> None:
     ("spec", "message"),
     [
         ("shapes:cuont=3", "did you mean 'count'"),
+        ("shapes:count=3,count=4", "count= 2 times"),
+        ("shapes:count=", "no value for count="),
         ("shapes:count=many", "shapes:count must be"),
         ("shapes:size=2", "shapes:size must be .* from 8 to 4,096"),
         ("shapes:texture=soft", "shapes:texture must be one of 'any', 'match'"),

@@ -47,6 +47,12 @@ def test_an_archive_is_read_like_its_folder(tmp_path: Path, method: int, prefix:
         assert found.path_of(i) == f"{tmp_path}/x.zip/{prefix}{relative}"
 
 
+def test_an_archive_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(make_folder(tmp_path / "photos"), tmp_path / "x.zip")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(open_dataset("~/x.zip,include=*.jpg")) == 6
+
+
 def test_many_threads_read_one_archive(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "photos")
     expected, found = open_dataset(str(folder)), open_dataset(pack(folder, tmp_path / "x.zip"))

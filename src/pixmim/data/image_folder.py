@@ -40,7 +40,7 @@ _BLOCK = 100_000  # paths that are separate objects while a list is made
 
 EXTENSIONS = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
-BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 class PathList(Sequence[str]):
@@ -315,15 +315,20 @@ def is_image_name(path: str) -> bool:
 
 
 def read_utf8(file: Path) -> bytes:
-    """Return the content of a text file in UTF-8, or in UTF-16 with a byte-order mark, as UTF-8. Raises UserError."""
+    """Return the content of a text file in UTF-8, or in UTF-16 with a byte-order mark, as UTF-8. Raises UserError.
+
+    If no line ends with a line feed, as in old files from a Mac, carriage returns become line feeds.
+    """
     with readable(file):
         text = read_file(file, MAX_LIST_BYTES)
-    for mark, encoding in BYTE_ORDER_MARKS:
+    for mark, encoding in _BYTE_ORDER_MARKS:
         if text.startswith(mark):
             try:
                 text = text.removeprefix(mark) if encoding == "utf-8" else text.decode(encoding).encode()
             except UnicodeError as error:
                 raise UserError(f"{file} starts as UTF-16, but is not: {error}. Save it as UTF-8") from None
+    if b"\n" not in text:
+        text = text.replace(b"\r", b"\n")
     if text.count(b"\n") > MAX_LINES:
         raise UserError(f"{file} has more than {MAX_LINES:,} lines: make a cache or tars of the images")
     if b"\0" in text:

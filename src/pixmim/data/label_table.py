@@ -20,7 +20,6 @@ import numpy.typing as npt
 from pixmim.data.dataset import RGB, ImageSpec
 from pixmim.data.huggingface import check_parquet
 from pixmim.data.image_folder import (
-    BYTE_ORDER_MARKS,
     MAX_LINES,
     ImageFolder,
     PathList,
@@ -32,7 +31,6 @@ from pixmim.data.image_folder import (
 )
 from pixmim.data.uri import read_options, read_root
 from pixmim.utils.errors import UserError, did_you_mean, first_line, shown
-from pixmim.utils.files import open_regular
 
 USUAL_COLUMNS = {
     "path": (
@@ -124,7 +122,7 @@ def open_list(spec: str, form: ImageSpec = RGB) -> ImageFolder:
     """
     name, options = read_options(spec, "a .txt list", ("root",))
     file, root = Path(os.path.expanduser(name)), read_root(options.get("root", [""])[0], spec)
-    separator = _separator(_first_line(file), file.parent)
+    separator = _separator(_first_line(read_utf8(file)), file.parent)
     if not separator:
         return from_list_file(spec, form)
 
@@ -140,16 +138,10 @@ def open_list(spec: str, form: ImageSpec = RGB) -> ImageFolder:
     return _make(spec, form, file, folders, rows, {"path": 0, "label": 1}, "a path and a class in each line", remedy)
 
 
-def _first_line(file: Path) -> str:
-    """Return the first line of a text file that is not blank; empty without one, or if it cannot be read."""
-    try:
-        with open(open_regular(file), "rb") as stream:
-            head = stream.read(4 * _MAX_LENGTH)
-    except OSError:
-        return ""
-    encoding = next((code for mark, code in BYTE_ORDER_MARKS if head.startswith(mark)), "utf-8")
-    text = head.decode(encoding, "surrogateescape" if encoding == "utf-8" else "replace")
-    return next(filter(None, map(str.strip, text.lstrip("\ufeff").split("\n"))), "")
+def _first_line(text: bytes) -> str:
+    """Return the first line of a text in UTF-8 that is not blank; empty without one."""
+    line = next(filter(None, map(bytes.strip, io.BytesIO(text))), b"")
+    return line[: 4 * _MAX_LENGTH].decode("utf-8", "surrogateescape")
 
 
 def _separator(line: str, folder: Path) -> str:
@@ -265,8 +257,6 @@ def _listed(header: Sequence[str]) -> str:
 def open_csv(file: Path) -> tuple[list[str], Rows]:
     """Return the header of a .csv or .tsv, and its rows. Raises UserError."""
     data = read_utf8(file)
-    if b"\n" not in data:
-        data = data.replace(b"\r", b"\n")
     first = _QUOTED.sub("", data.partition(b"\n")[0].decode("utf-8", "replace"))
     delimiter = "\t" if file.suffix.lower() == ".tsv" and "\t" in first else max(",;\t", key=first.count)
     lines, skipped = _lines(file, data), 0

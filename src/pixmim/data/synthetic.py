@@ -16,9 +16,10 @@ from jaxtyping import Shaped
 
 from pixmim.data.dataset import RGB, ImageDataset, ImageSpec
 from pixmim.data.decode.channels import convert, stretch
+from pixmim.data.uri import check_options, group_options
 from pixmim.transforms.crops import Array
 from pixmim.utils import rng
-from pixmim.utils.errors import UserError, did_you_mean
+from pixmim.utils.errors import UserError
 from pixmim.utils.validation import Choice, Integer
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
@@ -74,15 +75,13 @@ class SyntheticShapes(ImageDataset):
     @staticmethod
     def from_spec(spec: str, image_spec: ImageSpec = RGB) -> "SyntheticShapes":
         """Parse `shapes:` and its comma-separated options. Raises UserError."""
+        texts = group_options(filter(None, spec.removeprefix("shapes:").split(",")))
+        check_options(spec, "shapes:", texts, list(_OPTIONS))
         options: dict[str, Any] = {}
-        for part in filter(None, spec.removeprefix("shapes:").split(",")):
-            key, _, text = part.partition("=")
-            if key not in _OPTIONS:
-                known = ", ".join(_OPTIONS)
-                raise UserError(f"shapes: has no option '{key}'{did_you_mean(key, _OPTIONS)} Known: {known}")
-            options[key] = int(text) if re.fullmatch("[0-9]{1,14}", text) else text
-            if not _OPTIONS[key].takes(options[key]):
-                raise UserError(f"shapes:{key} must be {_OPTIONS[key]}, not '{text}'")
+        for name, (text,) in texts.items():
+            options[name] = int(text) if re.fullmatch("[0-9]{1,14}", text) else text
+            if not _OPTIONS[name].takes(options[name]):
+                raise UserError(f"shapes:{name} must be {_OPTIONS[name]}, not '{text}'")
         return SyntheticShapes(**options, image_spec=image_spec)
 
     @property

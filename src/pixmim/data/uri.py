@@ -12,7 +12,7 @@ fast.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from pathlib import Path
@@ -211,10 +211,11 @@ def split_options(source: str) -> tuple[str, dict[str, list[str]]]:
         count = len(pieces)
         while count > 1 and pieces[count - 1].partition("=")[0] in _OPTIONS:
             count -= 1
-    return ",".join(pieces[:count]), _group(pieces[count:])
+    return ",".join(pieces[:count]), group_options(pieces[count:])
 
 
-def _group(pieces: Sequence[str]) -> dict[str, list[str]]:
+def group_options(pieces: Iterable[str]) -> dict[str, list[str]]:
+    """Return the values of each option, given `option=value`, in their order."""
     options: dict[str, list[str]] = {}
     for name, _, value in (piece.partition("=") for piece in pieces):
         options.setdefault(name, []).append(value)
@@ -313,7 +314,7 @@ class HubSpec:
     def read(spec: str) -> "HubSpec":
         """Parse a spec. Raises UserError."""
         place, *pieces = _OPTION.split(spec.removeprefix("hf:"))
-        options = _group(pieces)
+        options = group_options(pieces)
         check_options(spec, "hf:", options, [field.name for field in fields(HubSpec)][2:])
         split = ""
         if not _exists(place) and ":" in place:

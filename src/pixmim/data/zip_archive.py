@@ -96,6 +96,7 @@ def open_zip(spec: str, form: ImageSpec = RGB, shard_cache_gib: float = 50.0) ->
         UserError: If it cannot be read, is encrypted, has no images, or names that do not belong into an archive.
     """
     name, options = read_options(spec, "a zip archive", ("include", "exclude"))
+    name = name if is_url(name) else os.path.expanduser(name)
     version = file_version(name)
     if version is None:
         raise UserError(f"{name} does not exist")
