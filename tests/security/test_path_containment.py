@@ -283,7 +283,7 @@ def test_paths_in_a_table_stay_below_it(secret: Path, server: Any, tmp_path: Pat
 def test_a_zip_bomb_and_a_fifo_in_a_table_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = tmp_path / "given"
     given.mkdir()
-    monkeypatch.setattr("pixmim.data.huggingface._MAX_IMAGE_BYTES", 10**5)
+    monkeypatch.setattr("pixmim.data.huggingface.max_bytes", lambda: 10**5)
     with zipfile.ZipFile(given / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("s.png", bytes(10**7))
     os.mkfifo(given / "f.png")

@@ -23,7 +23,7 @@ from jaxtyping import Shaped
 
 from pixmim.data.dataset import RGB, BadImage, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
-from pixmim.data.decode.limits import check_bytes
+from pixmim.data.decode.limits import check_bytes, max_bytes
 from pixmim.data.image_folder import EXTENSIONS
 from pixmim.data.uri import HubSpec, read_options, read_root
 from pixmim.transforms.crops import Array
@@ -38,7 +38,6 @@ Splits = dict[str, list[str]]  # the files of each split
 _READERS = {".parquet": "parquet", ".arrow": "arrow"}
 """Extensions of tables, and the library's names of their readers."""
 
-_MAX_IMAGE_BYTES = 2**30
 _MAX_EXPANDED, _MAX_RATIO = 2**30, 200
 """A parquet column chunk above this size must not expand by more than this ratio."""
 
@@ -135,13 +134,13 @@ class ArrowDataset(ImageDataset):
         """Read the file that a row names, which may be in a zip archive."""
         if zipped := _ZIPPED.fullmatch(path):
             with open(open_regular(self._inside(zipped[2])), "rb") as file, zipfile.ZipFile(file) as archive:
-                return archive.open(zipped[1]).read(_MAX_IMAGE_BYTES + 1)
+                return archive.open(zipped[1]).read(max_bytes() + 1)
         if self._url_prefix and re.match(re.escape(self._url_prefix) + "[@/]", path) and "::" not in path:
             import fsspec
 
             with fsspec.open(path, "rb") as remote:
-                return bytes(remote.read(_MAX_IMAGE_BYTES + 1))
-        return read_file(self._inside(path), _MAX_IMAGE_BYTES)
+                return bytes(remote.read(max_bytes() + 1))
+        return read_file(self._inside(path), max_bytes())
 
     def _inside(self, path: str) -> Path:
         if "://" in path:

@@ -53,6 +53,10 @@ def test_luma_is_pillows() -> None:
     exact = color @ (np.asarray([19595, 38470, 7471]) / 65536)
     assert abs(convert(color.astype(np.uint16) * 257, ImageSpec(1, "uint16"))[..., 0] - exact * 257).max() <= 0.5
     assert np.allclose(convert(color.astype(np.float64), ImageSpec(1, "float32"))[..., 0], exact)
+    masks = color > 99
+    assert np.array_equal(convert(masks, ImageSpec(1)), convert(masks.astype(np.uint8) * 255, ImageSpec(1)))
+    with pytest.raises(BadImage, match="int16 values are measurements"):
+        convert(color.astype(np.int16), ImageSpec(1))
     white = np.full((2, 2, 3), 65535, np.uint16)
     assert (convert(white, ImageSpec(1, "uint16")) == 65535).all()
 

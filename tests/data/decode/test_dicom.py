@@ -69,6 +69,29 @@ def test_float32_keeps_measurements_without_a_window() -> None:
     assert np.array_equal(decode(encoded(negative), FLOAT)[..., 0], (4095.0 - VALUES) * 2 - 1024)
 
 
+def test_empty_and_missing_tags_change_nothing() -> None:
+    """As anonymization leaves them: an empty slope is 1, and an empty window is none."""
+    for tags, expected in (
+        ({"RescaleSlope": None, "RescaleIntercept": None}, VALUES),
+        ({"RescaleSlope": None, "RescaleIntercept": -1000}, VALUES - 1000.0),
+        ({"RescaleIntercept": -1000}, VALUES - 1000.0),
+        ({"RescaleSlope": 3}, VALUES * 3.0),
+    ):
+        assert np.array_equal(decode(encoded(dataset(VALUES, 12, **tags)), FLOAT)[..., 0], expected)
+        assert np.array_equal(decode(encoded(dataset(VALUES, 12, **tags)), GRAY16)[..., 0], uint16(VALUES / 4095))
+    for tags in ({"WindowCenter": None}, {"WindowWidth": None}, {"WindowCenter": None, "WindowWidth": None}):
+        file = dataset(VALUES, 12, **({"WindowCenter": 40, "WindowWidth": 400} | tags))
+        assert np.array_equal(decode(encoded(file), GRAY16)[..., 0], uint16(VALUES / 4095))
+
+
+def test_values_that_are_not_in_the_lowest_bits_are_refused() -> None:
+    """pydicom would return the four lowest bits of each value, shifted, and noise above them."""
+    with pytest.raises(BadImage, match="12 bits end at bit 15"):
+        read(encoded(dataset(VALUES << 4, 12, HighBit=15)))
+    byte = dataset(SMOOTH, HighBit=7)
+    assert np.array_equal(read(encoded(byte))[..., 0], SMOOTH)
+
+
 @pytest.mark.parametrize("depth", [8, 16])
 def test_tables_replace_windows_and_rescaling(depth: int) -> None:
     entries = np.linspace(0, 2**depth - 1, 4096).astype(np.uint16)[::-1].copy()

@@ -39,12 +39,19 @@ def convert(pixels: Array, form: ImageSpec) -> Array:
         BadImage: If there is no conversion, or a value is not finite.
     """
     channels = pixels.shape[2]
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * np.uint8(255)
     if channels != form.channels and (channels, form.channels) not in ((3, 1), (1, 3)):
         raise ChannelMismatch(
             f"{channels} channel{'s' * (channels > 1)} instead of {form.channels}: pass --channels {channels}"
         )
     if channels == form.channels and pixels.dtype == form.dtype and form.dtype != "float32":
         return pixels
+    if pixels.dtype not in (np.uint8, np.uint16) and form.dtype != "float32":
+        raise BadImage(
+            f"{pixels.dtype} values are measurements, without a value that means white: pass --dtype float32, and "
+            "measure mean and std with `pixmim stats`"
+        )
     check_bytes(pixels[..., 0].size * form.channels * form.itemsize)
     result, invalid = np.empty((*pixels.shape[:2], form.channels), form.dtype), 0
     for rows in _row_blocks(pixels):
@@ -129,8 +136,6 @@ def _luma(pixels: Array) -> Array:
 
 
 def _cast(values: Array, dtype: DType) -> Array:
-    if values.dtype == bool:
-        values = values.astype(np.uint8) * np.uint8(255)
     if values.dtype == dtype and dtype != "float32":
         return values
     if values.dtype in (np.uint8, np.uint16):
@@ -139,10 +144,5 @@ def _cast(values: Array, dtype: DType) -> Array:
         if dtype == "uint16":
             return values.astype(np.uint16) * np.uint16(257)
         return values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max)
-    if dtype != "float32":
-        raise BadImage(
-            f"{values.dtype} values are measurements, without a value that means white: pass --dtype float32, and "
-            "measure mean and std with `pixmim stats`"
-        )
     with np.errstate(over="ignore"):  # overflow becomes infinity, which `convert` refuses
         return values.astype(np.float32)

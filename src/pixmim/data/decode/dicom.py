@@ -89,9 +89,13 @@ def _check(file: Any, pydicom: Any, pages: TiffPages) -> int:
         raise BadImage(f"a DICOM of {total:,} frames: more than {MAX_PAGES:,}")
     if samples not in (1, 3):
         raise BadImage(f"a DICOM of {samples} samples per pixel: save it as gray or RGB")
+    stored = int(file.get("BitsStored") or 0)
+    is_encoded = file.file_meta.TransferSyntaxUID.is_compressed
+    if not is_encoded and stored and int(file.get("HighBit") or stored - 1) != stored - 1:
+        raise BadImage(f"a DICOM whose {stored} bits end at bit {file.HighBit}: save it with them at the lowest bits")
     count = total if pages == "channels" else 1
     check_bytes(width * height * 8 * count)  # gray is computed in float64
-    if file.file_meta.TransferSyntaxUID.is_compressed:
+    if is_encoded:
         frames = pydicom.encaps.generate_frames(pixels.value, number_of_frames=total)
         for _, frame in zip(range(count), frames, strict=False):
             _check_frame(frame, file.file_meta.TransferSyntaxUID, (width, height, samples))
@@ -126,11 +130,13 @@ def _to_pixels(file: Any, values: Array, index: int, dtype: DType) -> Array:
     rescale, voi = (_frame_item(file, index, f"{name}Sequence") for name in ("PixelValueTransformation", "FrameVOILUT"))
     is_integer, inverted = values.dtype.kind in "ui", kind == "MONOCHROME1"
     low, high = (0.0, 2.0**bits - 1) if not file.get("PixelRepresentation") else (-(2.0**bits) / 2, 2.0**bits / 2 - 1)
-    windowed = bool(voi.get("VOILUTSequence")) or voi.get("WindowWidth") is not None
+    center, width = (_first(voi.get(f"Window{name}")) for name in ("Center", "Width"))
+    slope, intercept = (_first(rescale.get(f"Rescale{name}")) for name in ("Slope", "Intercept"))
+    windowed = bool(voi.get("VOILUTSequence")) or not (center is None or width is None)
     if table := file.get("ModalityLUTSequence"):
         values, low, high = _apply_table(values, table[0])
-    elif "RescaleSlope" in rescale:
-        slope, intercept = float(rescale.RescaleSlope), float(rescale.get("RescaleIntercept") or 0)
+    elif not (slope is None and intercept is None):
+        slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
         values = values * slope + intercept
         low, high = sorted((low * slope + intercept, high * slope + intercept))
     elif values.dtype == np.uint8 and bits == 8 and not windowed and dtype != "float32":
@@ -139,8 +145,7 @@ def _to_pixels(file: Any, values: Array, index: int, dtype: DType) -> Array:
         return (low + high - values if inverted else values).astype(np.float32)
     if table := voi.get("VOILUTSequence"):
         values, low, high = _apply_table(values, table[0])
-    elif windowed:
-        center, width = (_first(voi[f"Window{name}"].value) for name in ("Center", "Width"))
+    elif center is not None and width is not None:
         values, low, high = _apply_window(values, center, width, voi.get("VOILUTFunction")), 0.0, 1.0
     fraction = np.clip((values - low) / max(high - low, 1e-300), 0, 1)
     return np.rint((1 - fraction if inverted else fraction) * white).astype(np.uint16)
@@ -176,5 +181,7 @@ def _apply_table(values: Array, item: Any) -> tuple[Array, float, float]:
     return table[np.clip(values.astype(np.int64) - first, 0, last)], 0.0, 2.0**bits - 1
 
 
-def _first(value: Any) -> float:
-    return float(value if isinstance(value, str | float | int) else value[0])
+def _first(value: Any) -> float | None:
+    """Return the number in a tag, or the first of several; None if it is missing or empty."""
+    values = [value] if value is None or isinstance(value, str | float | int) else [*value, None]
+    return None if values[0] in (None, "") else float(values[0])
