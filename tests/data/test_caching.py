@@ -15,7 +15,7 @@ from pixmim.config import PretrainConfig
 from pixmim.data import caching, create_loader, open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import InMemoryDataset
+from pixmim.data.dataset import ImageDataset, InMemoryDataset
 from pixmim.data.loader import Batch
 from pixmim.data.resized_cache import open_cache, shard_name
 from pixmim.data.sampler import BatchShard
@@ -35,7 +35,7 @@ def shards(pictures: Path, tmp_path: Path) -> ShardDataset:
 
 
 def batches(
-    location: caching.CacheLocation, data: ShardDataset, crop: Crop, count: int, shard: BatchShard
+    location: caching.CacheLocation, data: ImageDataset, crop: Crop, count: int, shard: BatchShard
 ) -> list[Batch]:
     skipped = BadImageLog(None, len(data), 0.5)
     with create_loader(data, crop, shard, location, device=CPU, skipped=skipped, flip=0.5, seed=3, threads=3) as loader:
@@ -94,6 +94,8 @@ def test_images_of_a_folder_are_cached_only_on_request(pictures: Path) -> None:
     assert caching.choose_cache_location(folder, crop, "ram", CPU)[0] == "ram"
     with pytest.raises(UserError, match="needs a cache"):
         caching.choose_cache_location(folder, crop, "gpu", CPU)
+    with pytest.raises(UserError, match="needs a cache"):
+        batches("gpu", folder, crop, 1, BatchShard(2))
 
 
 def test_cached_images_are_decoded_once(shards: ShardDataset) -> None:

@@ -277,6 +277,10 @@ def test_grey_channel(pictures: Path) -> None:
     assert open_dataset(str(pictures), ImageSpec(1)).image(0).shape == (1, 40, 56)
 
 
+def test_a_path_is_a_spec(pictures: Path) -> None:
+    assert len(open_dataset(pictures)) == len(open_dataset(str(pictures))) == 10
+
+
 def test_a_deleted_file_is_a_bad_image(pictures: Path) -> None:
     data = open_dataset(str(pictures))
     Path(data.path_of(3)).unlink()

@@ -95,11 +95,6 @@ def test_accumulation_steps_share_the_batches(parts: int) -> None:
     assert torch.equal(torch.cat([b.indices for b in full]), torch.cat([b.indices for b in split]))
 
 
-def test_a_batch_that_does_not_divide_among_ranks_is_an_error() -> None:
-    with pytest.raises(ValueError, match="does not divide among 3 ranks"):
-        BatchShard(8, world_size=3)
-
-
 def test_each_image_occurs_once_per_epoch_in_the_documented_order() -> None:
     batches = take(15, source=Numbers(10))  # six epochs of ten, in batches of four
     seen = torch.cat([b.images[:, 0, 0, 0] for b in batches]).reshape(6, 10)

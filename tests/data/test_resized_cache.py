@@ -119,6 +119,14 @@ def test_images_that_become_too_long_are_left_out(pictures: Path, tmp_path: Path
     assert len(open_dataset(str(tmp_path / "cache"))) == 10
 
 
+def test_a_cache_without_an_image_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.jpg").write_bytes(b"broken")
+    for _ in range(2):
+        status, text = say(capsys, "cache", tmp_path / "bad", tmp_path / "cache", "--size", 16)
+        assert status == 1 and "none of the 1 images" in text and "skipped*.csv" in text and "complete" not in text
+
+
 def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     make_cache(open_dataset(str(pictures)), folder, SIZE)

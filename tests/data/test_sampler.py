@@ -3,8 +3,9 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
 
-from pixmim.data.sampler import WINDOW, ShuffledOrder
+from pixmim.data.sampler import WINDOW, BatchShard, ShuffledOrder
 from pixmim.utils import rng
 
 SHARD_SIZES = np.asarray([7, 1, 30, 12, 5] * 9 + [3])  # 46 shards in three windows
@@ -59,3 +60,9 @@ def test_a_hundred_million_images_need_no_memory() -> None:
     order = ShuffledOrder(0, 10**8, np.full(50_000, 2_000))
     found = order.at(7, np.arange(10**8 - 1000, 10**8))
     assert len(set(found.tolist())) == 1000 and found.min() >= 0 and found.max() < 10**8
+
+
+@pytest.mark.parametrize(("batch", "ranks", "parts"), [(8, 3, 1), (0, 1, 1), (3, 1, 4), (8, 4, 3)])
+def test_a_batch_without_equal_shares_or_with_an_empty_part_is_refused(batch: int, ranks: int, parts: int) -> None:
+    with pytest.raises(ValueError, match=f"batch of {batch} into {ranks} x {parts} parts"):
+        BatchShard(batch, world_size=ranks, parts=parts)

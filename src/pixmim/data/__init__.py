@@ -21,7 +21,9 @@ from pixmim.utils.errors import UserError
 __all__ = ["create_loader", "open_dataset"]
 
 
-def open_dataset(spec: str, image_spec: ImageSpec = RGB, shard_cache_gib: float = 50.0) -> ImageDataset:
+def open_dataset(
+    spec: str | os.PathLike[str], image_spec: ImageSpec = RGB, shard_cache_gib: float = 50.0
+) -> ImageDataset:
     """Open a dataset.
 
     Args:
@@ -39,7 +41,7 @@ def open_dataset(spec: str, image_spec: ImageSpec = RGB, shard_cache_gib: float 
     Raises:
         UserError: If there is no such dataset, it has no images, or it is damaged.
     """
-    if not spec:
+    if not (spec := os.fspath(spec)):
         raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
     parts, (split, source) = read_parts(spec), SplitSpec.read(spec)
 

@@ -75,8 +75,8 @@ def make_cache(
         progress: Called with the number of images done.
 
     Raises:
-        UserError: If the folder has other content, or a cache of other images or settings, or if JPEG cannot store
-            the images.
+        UserError: If the folder has other content, or a cache of other images or settings, if JPEG cannot store the
+            images, or if none of them can be read.
     """
     if kind == "jpeg" and (dataset.image_spec.channels not in (1, 3) or dataset.image_spec.dtype != "uint8"):
         raise UserError(f"JPEG cannot store {dataset.image_spec}, only 1 or 3 channels in uint8: pass --raw")
@@ -134,7 +134,10 @@ def make_cache(
                 leftover.unlink(missing_ok=True)
             count, tar_bytes = _write_shard(folder, shard, take(len(settings.images_of(shard))))
             images, written = images + count, written + tar_bytes
-    return CacheResult(images, len(skipped), written, time.monotonic() - start, _write_index(folder, settings))
+    total = _write_index(folder, settings)
+    if total == 0:
+        raise UserError(f"none of the {len(dataset):,} images of {dataset.spec} can be read: see {folder}/skipped*.csv")
+    return CacheResult(images, len(skipped), written, time.monotonic() - start, total is not None)
 
 
 def shard_assignment() -> tuple[int, int]:
@@ -178,17 +181,18 @@ def _write_or_check_settings(folder: Path, settings: CacheSettings) -> None:
             raise UserError(f"{folder} is a cache with another {name}{values}: choose another folder, or remove it")
 
 
-def _write_index(folder: Path, settings: CacheSettings) -> bool:
-    """Write index.json if all shards exist, and return True if they do."""
-    shards = []
+def _write_index(folder: Path, settings: CacheSettings) -> int | None:
+    """Write index.json if all shards exist, and return the number of images in them; otherwise return None."""
+    shards, total = [], 0
     for shard in range(settings.num_shards):
         entries = read_index(folder, shard)
         if entries is None:
-            return False
+            return None
         name, tar_bytes = shard_name(shard, "tar"), int(entries[-1]["offset"])
         shards.append({"name": name, "images": len(entries) - 1, "bytes": tar_bytes})
-    write_json(folder / "index.json", {"shards": shards, "images": sum(int(str(s["images"])) for s in shards)})
-    return True
+        total += len(entries) - 1
+    write_json(folder / "index.json", {"shards": shards, "images": total})
+    return total
 
 
 def _write_shard(folder: Path, shard: int, samples: Iterable[Sample]) -> tuple[int, int]:

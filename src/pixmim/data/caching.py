@@ -27,6 +27,10 @@ CacheLocation = Literal["gpu", "ram", "none"]
 MEMORY_FRACTION = 0.25
 """Largest fraction of a memory that decoded images take by default."""
 
+_NOT_CROPPABLE = (
+    "--cache-images gpu needs a cache at --size and --crop.kind simple-resized or center, because GPU crops do not "
+    "resize"
+)
 _CROPS_AT_ONCE = 64  # bounds the memory of the pixel indices of a GPU batch
 _UPLOADS_AHEAD = 256  # images that are read ahead while they are copied to the GPU
 
@@ -51,15 +55,9 @@ def choose_cache_location(
         UserError: If images cannot be cached on the GPU as requested.
     """
     size = decoded_bytes(dataset)
-    croppable = dataset.sizes is not None and all(
-        crop.offset_without_resize((h, w), (0.0,) * crop.num_uniforms) is not None
-        for h, w in np.unique(dataset.sizes, axis=0).tolist()
-    )
+    croppable = _is_croppable(dataset, crop)
     if cache_images == "gpu" and not croppable:
-        raise UserError(
-            "--cache-images gpu needs a cache at --size and --crop.kind simple-resized or center, because GPU crops do "
-            "not resize"
-        )
+        raise UserError(_NOT_CROPPABLE)
     if size is None:
         return ("ram", "cached in RAM once decoded, of unknown total size") if cache_images == "ram" else ("none", "")
     decoded = f"{size / 2**30:.1f} GiB decoded"
@@ -93,6 +91,14 @@ def decoded_bytes(dataset: ImageDataset) -> int | None:
     return int(dataset.sizes.prod(axis=1).sum()) * dataset.image_spec.channels * dataset.image_spec.itemsize
 
 
+def _is_croppable(dataset: ImageDataset, crop: Crop) -> bool:
+    """Return True if a crop only slices the images of a dataset, whose sizes are known."""
+    return dataset.sizes is not None and all(
+        crop.offset_without_resize((h, w), (0.0,) * crop.num_uniforms) is not None
+        for h, w in np.unique(dataset.sizes, axis=0).tolist()
+    )
+
+
 def _gpu_memory(device: torch.device) -> int:
     """Return the bytes of a GPU's own memory; 0 for a device that shares the RAM."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
@@ -101,12 +107,14 @@ def _gpu_memory(device: torch.device) -> int:
 class GpuLoader(BatchLoader[None, Batch]):
     """Read all images onto the device once and crop them there. Yields bitwise the batches of `Loader`.
 
-    The sizes of all images must be known, and the crop must not resize them: see `Crop.offset_without_resize`.
+    The sizes of all images must be known, and the crop must not resize them: see `Crop.offset_without_resize`. Raises
+    UserError otherwise.
     """
 
     def __init__(self, dataset: ImageDataset, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
+        if dataset.sizes is None or not _is_croppable(dataset, crop):
+            raise UserError(_NOT_CROPPABLE)
         super().__init__(dataset, crop.num_uniforms, shard, **options)
-        assert dataset.sizes is not None
         self._crop, self._sizes, self._dtype = crop, dataset.sizes, dataset.image_spec.torch_dtype
         self._ends = np.cumsum(self._sizes.prod(axis=1))
         shape = int(self._ends[-1]), dataset.image_spec.channels

@@ -30,7 +30,7 @@ class BatchShard:
         parts: Accumulation steps: parts of a share, whose sizes differ by at most one image.
 
     Raises:
-        ValueError: If the batch does not divide evenly among the ranks.
+        ValueError: If the batch does not divide evenly among the ranks, or a share has fewer images than parts.
     """
 
     batch_size: int
@@ -40,8 +40,8 @@ class BatchShard:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
-            raise ValueError(f"a batch of {self.batch_size} does not divide among {self.world_size} ranks")
+        if self.batch_size % self.world_size or self.batch_size < self.world_size * self.parts:
+            raise ValueError(f"cannot divide a batch of {self.batch_size} into {self.world_size} x {self.parts} parts")
 
     @property
     def local_batch_size(self) -> int:
