@@ -3,11 +3,14 @@
 import csv
 import io
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
+from pixmim.data.dataset import BadImage, ImageDataset
 from pixmim.utils.console import csv_cell
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import append, read_text
@@ -44,6 +47,20 @@ class BadImageLog:
 
     def __contains__(self, index: int) -> bool:
         return index in self._bad
+
+    @contextmanager
+    def attempt(self, dataset: ImageDataset, index: int) -> Iterator[None]:
+        """Record whether an image can be read within a `with` statement, which a BadImage ends without an error.
+
+        Raises:
+            UserError: If too many are unreadable.
+        """
+        try:
+            yield
+        except BadImage as error:
+            self.record(index, dataset.path_of(index), str(error))
+        else:
+            self.mark_ok(index)
 
     def mark_ok(self, index: int) -> None:
         """Record that an image was read. Raises UserError as `record`: threads may have read unreadable ones first."""

@@ -107,12 +107,10 @@ def make_cache(
             progress(done)
 
     def make_sample(index: int) -> Sample | None:
-        path, class_number = dataset.path_of(index), -1 if labels is None else int(labels[index])
-        try:
-            return _encode(dataset.read_array(index), index, path, class_number, settings)
-        except BadImage as error:
-            skipped.record(index, path, str(error))
-            return None
+        class_number = -1 if labels is None else int(labels[index])
+        with skipped.attempt(dataset, index):
+            return _encode(dataset.read_array(index), index, dataset.path_of(index), class_number, settings)
+        return None
 
     def indices() -> Iterator[int]:
         return chain.from_iterable(map(settings.images_of, missing))

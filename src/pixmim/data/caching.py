@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixmim.data.dataset import BadImage, ImageDataset, InMemoryDataset, prefetch_in_order
+from pixmim.data.dataset import ImageDataset, InMemoryDataset, prefetch_in_order
 from pixmim.data.loader import Batch, BatchLoader, Finish, Loader, LoaderOptions
 from pixmim.data.sampler import BatchShard, SampleBatch
 from pixmim.masking import Mask
@@ -129,14 +129,10 @@ class GpuLoader(BatchLoader[None, Batch]):
             raise
 
     def _upload(self, index: int) -> None:
-        try:
-            image = self._dataset.image(index)
-        except BadImage as error:
-            self._skipped.record(index, self._dataset.path_of(index), str(error))
-            return
         end, count = int(self._ends[index]), int(self._sizes[index].prod())
-        self._pixels[end - count : end] = as_int16_view(image).permute(1, 2, 0).reshape(count, -1).to(self._device)
-        self._skipped.mark_ok(index)
+        with self._skipped.attempt(self._dataset, index):
+            image = as_int16_view(self._dataset.image(index)).permute(1, 2, 0)
+            self._pixels[end - count : end] = image.reshape(count, -1).to(self._device)
 
     def _read(self, index: int, flip: bool, u: list[float]) -> None:
         """Do nothing: the image is on the device."""

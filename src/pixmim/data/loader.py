@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from pixmim.data.bad_images import BadImageLog
-from pixmim.data.dataset import BadImage, ImageDataset, prefetch_in_order
+from pixmim.data.dataset import ImageDataset, prefetch_in_order
 from pixmim.data.sampler import BatchShard, CropSampler, Indices, SampleBatch
 from pixmim.masking import Mask
 from pixmim.transforms.crops import Array, Crop
@@ -167,13 +167,8 @@ class BatchLoader(Iterator[B], Generic[T, B]):
             index, flip, u = self._sampler.replacement(samples, row, offset).rows[0] if offset else samples.rows[row]
             if index in self._skipped:
                 continue
-            try:
-                image = self._read(index, flip, u)
-            except BadImage as error:
-                self._skipped.record(index, self._dataset.path_of(index), str(error))
-                continue
-            self._skipped.mark_ok(index)
-            return image, index, flip, u
+            with self._skipped.attempt(self._dataset, index):
+                return self._read(index, flip, u), index, flip, u
         raise self._skipped.error()
 
 
@@ -235,13 +230,9 @@ def iterate_in_order(
     """
 
     def read(index: int) -> Tensor | None:
-        try:
-            image = dataset.image(index)
-        except BadImage as error:
-            skipped.record(index, dataset.path_of(index), str(error))
-            return None
-        skipped.mark_ok(index)
-        return crop.crop(image)
+        with skipped.attempt(dataset, index):
+            return crop.crop(dataset.image(index))
+        return None
 
     with ThreadPool(threads, "pixmim-read") as pool:
         indices = range(first, len(dataset))

@@ -12,7 +12,7 @@ fast.
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from pathlib import Path
@@ -146,11 +146,14 @@ def is_there(text: str) -> bool:
 
 def absolute(spec: str) -> str:
     """Return a spec with absolute paths. Names, URLs and options stay as they are."""
-    if not spec:
-        return spec
+    return _with_sources(spec, _absolute_source) if spec else spec
+
+
+def _with_sources(spec: str, change: Callable[[str], str]) -> str:
+    """Return a spec with the source of each part changed, and all values of a split written out."""
     split, spec = SplitSpec.read(spec)
-    prefix = split.prefix if split is not None else ""
-    return prefix + "+".join(f"{_absolute_source(p.source)}{f'*{p.weight}' * (p.weight > 1)}" for p in read_parts(spec))
+    parts = [f"{change(part.source)}{f'*{part.weight}' * (part.weight > 1)}" for part in read_parts(spec)]
+    return (split.prefix if split is not None else "") + "+".join(parts)
 
 
 def with_patterns(spec: str, include: Sequence[str], exclude: Sequence[str]) -> str:
@@ -168,12 +171,10 @@ def with_patterns(spec: str, include: Sequence[str], exclude: Sequence[str]) -> 
                 f"--{name} '{pattern}' is empty, or has a +, a ',name=' or digits after a last *, which mean something "
                 "else in --data: write ? in place of the character"
             )
-    split, spec = SplitSpec.read(spec)
-    parts, suffix = read_parts(spec), "".join(f",{name}={pattern}" for name, pattern in pairs)
-    if other := next((part.source for part in parts if _HAS_OWN_OPTIONS.match(part.source)), ""):
+    if other := next((part.source for part in read_parts(spec) if _HAS_OWN_OPTIONS.match(part.source)), ""):
         raise UserError(f"--include and --exclude choose files of a folder or a .zip, and '{other}' is neither")
-    prefix = split.prefix if split is not None else ""
-    return prefix + "+".join(f"{part.source}{suffix}{f'*{part.weight}' * (part.weight > 1)}" for part in parts)
+    suffix = "".join(f",{name}={pattern}" for name, pattern in pairs)
+    return _with_sources(spec, lambda source: source + suffix)
 
 
 def _absolute_source(source: str) -> str:

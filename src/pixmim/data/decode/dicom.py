@@ -17,9 +17,8 @@ import numpy as np
 
 from pixmim.data.dataset import BadImage, DType, TiffPages
 from pixmim.data.decode.headers import MAX_PAGES, read_jpeg_header
-from pixmim.data.decode.limits import check_bytes, check_size
+from pixmim.data.decode.limits import check_bytes, check_size, library_errors
 from pixmim.transforms.crops import Array
-from pixmim.utils.errors import first_line
 
 _DEFLATED, _RLE = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
 _PLUGINS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
@@ -49,7 +48,7 @@ def read_dicom(data: bytes, pages: TiffPages, dtype: DType) -> Array:
     For a run in float32, measurements are kept.
     """
     pydicom = _load_pydicom()
-    try:
+    with library_errors(plugin=_PLUGINS):
         stream = io.BytesIO(data)
         stream.seek(132)
         meta = pydicom.filereader.read_dataset(stream, False, True, stop_when=lambda tag, *_: tag.group != 2)
@@ -60,11 +59,6 @@ def read_dicom(data: bytes, pages: TiffPages, dtype: DType) -> Array:
         values = pydicom.pixels.pixel_array(file, index=0 if frames == 1 else None)
         stack = values[None] if frames == 1 else values
         return np.concatenate([_to_pixels(file, frame, i, dtype) for i, frame in enumerate(stack)], axis=2)
-    except BadImage:
-        raise
-    except Exception as error:  # damaged files raise almost anything
-        hint = f": {_PLUGINS}" if "plugin" in str(error) else ""
-        raise BadImage(f"{type(error).__name__}: {first_line(error)[:200].rstrip(':')}{hint}") from None
 
 
 @cache

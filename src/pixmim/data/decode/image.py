@@ -10,8 +10,7 @@ and Pillow everything else. Rules:
 """
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from pixmim.data.decode import headers
 from pixmim.data.decode.channels import ChannelMismatch, apply_exif_orientation, convert, stretch
 from pixmim.data.decode.dicom import is_dicom, read_dicom
 from pixmim.data.decode.kinds import HEAD_BYTES, identify
-from pixmim.data.decode.limits import MAX_PIXELS_VARIABLE, check_size, max_pixels, run_with_time_limit
+from pixmim.data.decode.limits import MAX_PIXELS_VARIABLE, check_size, library_errors, max_pixels, run_with_time_limit
 from pixmim.data.decode.no_data import TAG, NoData, fill_no_data, parse_no_data
 from pixmim.data.decode.scientific import NPY_MAGIC, read_npy, read_png16, read_tiff
 from pixmim.transforms.crops import Array
@@ -97,17 +96,16 @@ def _open_checked(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         check_size(*headers.webp_size(data))  # Pillow allocates memory for it on opening
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels() > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels()  # Pillow refuses above twice this number
-    try:
-        image = Image.open(io.BytesIO(data), formats=formats)
-    except UnidentifiedImageError as error:
-        kind = identify(data[:HEAD_BYTES])
-        raise BadImage("not an image in a known format" + f", but {kind}" * bool(kind)) from error
-    except Image.DecompressionBombError:
-        raise BadImage(
-            f"more than the {max_pixels():,} pixels allowed on this machine (see {MAX_PIXELS_VARIABLE})"
-        ) from None
-    except Exception as error:  # Pillow raises almost anything on damaged files
-        raise BadImage(f"{type(error).__name__}: {error}") from None
+    with library_errors():
+        try:
+            image = Image.open(io.BytesIO(data), formats=formats)
+        except UnidentifiedImageError as error:
+            kind = identify(data[:HEAD_BYTES])
+            raise BadImage("not an image in a known format" + f", but {kind}" * bool(kind)) from error
+        except Image.DecompressionBombError:
+            raise BadImage(
+                f"more than the {max_pixels():,} pixels allowed on this machine (see {MAX_PIXELS_VARIABLE})"
+            ) from None
     check_size(*image.size)
     return image
 
@@ -152,7 +150,7 @@ def _read_stored(data: bytes, form: ImageSpec) -> tuple[Array, NoData]:
     with open_image(data) as image:
         if image.format == "PPM" and deep and image.mode == "RGB" and _ppm_max_value(image) > 255:
             raise BadImage("Pillow reads only 8 bits of 16-bit color PPM: save it as PNG or TIFF")
-        with _pillow_errors():
+        with library_errors():
             image.load()
             if image.format == "PPM" and image.mode == "I":  # 16-bit grey, which Pillow holds in 32 bits
                 return _map_blocks(lambda block: np.asarray(block, np.uint16)[..., None], image), NoData()
@@ -174,30 +172,19 @@ def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> tuple[Array, NoData
             return read_tiff(data, pages)
         if pages == "channels" and headers.count_pages(data) > 1:
             return read_tiff(data, pages)
-        with _pillow_errors():
+        with library_errors():
             image.load()  # applies the orientation, too
             return _to_array(image), NoData.find(_stored_values(image, tags) if value is not None else None, value)
 
 
 def _read_numbers(data: bytes, color: bool) -> Array:
-    with open_image(data) as image, _pillow_errors():
+    with open_image(data) as image, library_errors():
         image.load()
         if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
             return _map_blocks(np.asarray, image)
         if not color:
             raise BadImage(f"an image of mode {image.mode} instead of class numbers: save it as grey or palette PNG")
         return _map_blocks(lambda block: np.asarray(block.convert("L")), image)
-
-
-@contextmanager
-def _pillow_errors() -> Iterator[None]:
-    """Turn Pillow's errors into BadImage: on damaged files, it raises almost anything."""
-    try:
-        yield
-    except BadImage:
-        raise
-    except Exception as error:
-        raise BadImage(f"{type(error).__name__}: {error}") from None
 
 
 def _orientation(image: Image.Image) -> int:

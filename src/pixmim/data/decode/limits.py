@@ -8,12 +8,13 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
 from pixmim.data.dataset import BadImage
-from pixmim.utils.errors import UserError
+from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.memory import total_memory
 
 MAX_SECONDS = 30.0
@@ -30,6 +31,22 @@ _PIXEL_BYTES = 20  # memory per pixel of the most expensive common format, WebP 
 _COPIES = 4  # of a file or an array in memory, at most, while it is decoded
 
 T = TypeVar("T")
+
+
+@contextmanager
+def library_errors(**advice: str) -> Iterator[None]:
+    """Turn errors of another library into BadImage: on damaged files, it raises almost anything.
+
+    Args:
+        advice: What to do, by a word in the error's message.
+    """
+    try:
+        yield
+    except BadImage:
+        raise
+    except Exception as error:
+        hint = next((f": {text}" for word, text in advice.items() if word in str(error)), "")
+        raise BadImage(f"{type(error).__name__}: {first_line(error)[:200].rstrip(':')}{hint}") from None
 
 
 def size_bounds(memory: int | None, threads: int, override: str = "") -> tuple[int, int]:

@@ -20,7 +20,7 @@ from numpy.lib import format as npy_format
 from pixmim.data.dataset import BadImage, TiffPages
 from pixmim.data.decode.channels import apply_exif_orientation, composite_on_white
 from pixmim.data.decode.headers import read_jpeg_header
-from pixmim.data.decode.limits import check_bytes, check_size
+from pixmim.data.decode.limits import check_bytes, check_size, library_errors
 from pixmim.data.decode.no_data import TAG, NoData, parse_no_data
 from pixmim.transforms.crops import Array
 from pixmim.utils.errors import first_line
@@ -43,25 +43,19 @@ def read_tiff(data: bytes, pages: TiffPages) -> tuple[Array, NoData]:
         import tifffile
     except ImportError:
         raise BadImage("Pillow cannot read this TIFF; tifffile may: pip install 'pixmim[tiff]'") from None
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
-            first: Any = file.pages.first
-            chosen: list[Any] = [first] if pages == "first" else list(file.pages)
-            if pages == "channels":
-                same = [page for page in chosen if page.shape == first.shape and page.dtype == first.dtype]
-                chosen = [page for page in same if not page.is_reduced]
-            _check_page(first, len(chosen))
-            value = parse_no_data(first.tags[TAG].value) if TAG in first.tags else None  # tifffile's is 0 for some
-            parts = [_read_page(page, data, value) for page in chosen]
-            if len(parts) == 1:
-                return parts[0]
-            missing = np.concatenate([no_data.missing for _, no_data in parts], axis=2)
-            return np.concatenate([pixels for pixels, _ in parts], axis=2), NoData(missing, parts[0][1].value)
-    except BadImage:
-        raise
-    except Exception as error:  # damaged files raise almost anything
-        hint = ": pip install 'pixmim[tiff]'" if "imagecodecs" in str(error) else ""
-        raise BadImage(f"{type(error).__name__}: {error}{hint}") from None
+    with library_errors(imagecodecs="pip install 'pixmim[tiff]'"), tifffile.TiffFile(io.BytesIO(data)) as file:
+        first: Any = file.pages.first
+        chosen: list[Any] = [first] if pages == "first" else list(file.pages)
+        if pages == "channels":
+            same = [page for page in chosen if page.shape == first.shape and page.dtype == first.dtype]
+            chosen = [page for page in same if not page.is_reduced]
+        _check_page(first, len(chosen))
+        value = parse_no_data(first.tags[TAG].value) if TAG in first.tags else None  # tifffile's is 0 for some
+        parts = [_read_page(page, data, value) for page in chosen]
+        if len(parts) == 1:
+            return parts[0]
+        missing = np.concatenate([no_data.missing for _, no_data in parts], axis=2)
+        return np.concatenate([pixels for pixels, _ in parts], axis=2), NoData(missing, parts[0][1].value)
 
 
 def _check_page(page: Any, count: int) -> None:
@@ -133,10 +127,8 @@ def read_png16(data: bytes, width: int, height: int, orientation: int) -> Array:
     except ImportError:
         raise BadImage("16-bit color PNG needs imagecodecs: pip install 'pixmim[tiff]'") from None
     check_bytes(width * height * 8)
-    try:
+    with library_errors():
         pixels: Array = imagecodecs.png_decode(data)
-    except Exception as error:
-        raise BadImage(f"{type(error).__name__}: {error}") from None
     if pixels.shape[2] in (2, 4):
         pixels = composite_on_white(pixels[..., :-1], pixels[..., -1], premultiplied=False)
     return apply_exif_orientation(pixels, orientation)
