@@ -349,6 +349,10 @@ def test_tables_of_other_programs(write: Write, pictures: Path) -> None:
     table = pyarrow.table({"path": ["cats/0.jpg", "cats/1.jpg", "dogs/0.jpg"], "label": [1.0, None, 20.0]})
     parquet.write_table(table, pictures / "pandas.parquet")  # pandas: integers with a missing value
     assert open_dataset(f"{pictures}/pandas.parquet").classes == ["1", "20"]
+    rows = "cats/0.jpg,1.0,7.0\ncats/1.jpg,,7.0\ndogs/0.jpg,20.0,\n"
+    data = open_dataset(write(f"path,label,group\n{rows}", "pandas.csv"))
+    assert data.classes == ["1", "20"] and data.group_names == ["", "7"]
+    assert open_dataset(write("path,label\ncats/0.jpg,1.0\ndogs/0.jpg,1\n", "versions.csv")).classes == ["1", "1.0"]
     assert open_dataset(write("path,label\ncats/0.jpg,a\ndogs/0.jpg,b\n", "commas.tsv")).classes == ["a", "b"]
     excel = write("\ufeff path ;label\ncats/0.jpg ; a\ndogs/0.jpg;b ", "excel.csv")
     assert open_dataset(excel).classes == ["a", "b"]

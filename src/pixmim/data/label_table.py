@@ -211,7 +211,12 @@ def _collect(file: Path, rows: Rows, columns: Mapping[str, int]) -> tuple[dict[s
 
 
 def _number(names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Return the number of each name among the unique ones, sorted, and these."""
+    """Return the number of each name among the unique ones, sorted, and these.
+
+    If all names are numbers such as 1.0, they become 1: pandas makes integers with a missing value floating-point.
+    """
+    if all(re.fullmatch(r"-?[0-9]+\.0", name) for name in set(names) if not name.startswith("\0")):
+        names = [name.removesuffix(".0") for name in names]
     unique = sorted(set(names))
     index = {name: number for number, name in enumerate(unique)}
     return np.asarray([index[name] for name in names], np.int64), unique
@@ -334,9 +339,4 @@ def _texts(array: Any) -> list[str]:
     if hasattr(array, "dictionary"):
         texts = _texts(array.dictionary)
         return ["" if index is None else texts[index] for index in array.indices.to_pylist()]
-    return ["" if value is None or value != value else _text(value) for value in array.to_pylist()]
-
-
-def _text(value: Any) -> str:
-    """Return a value as text; 1.0 as "1", because pandas makes integers with a missing value floating-point."""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    return ["" if value is None or value != value else str(value).strip() for value in array.to_pylist()]
