@@ -70,9 +70,6 @@ class Augmented(Crop):
             plane = Image.fromarray(np.ascontiguousarray(out[..., channel]))
             out[..., channel] = np.asarray(self._augment(plane, u[count:], fill))
 
-    def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
-        return None
-
     def _augment(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
         for step in self.steps:
             image, u = step.apply(image, u[: step.num_uniforms], fill), u[step.num_uniforms :]

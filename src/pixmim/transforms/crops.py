@@ -54,12 +54,12 @@ class Crop(ABC):
     def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         """Write the crop for uniform numbers `u` in [0, 1) into `out`, which has the shape of the crop."""
 
-    @abstractmethod
     def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         """Return the first (row, column) of a crop that only slices an image of size (h, w), or None if it resizes.
 
         Rows and columns outside the image are reflected.
         """
+        return None
 
     def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float] = ()) -> Shaped[Tensor, "c h2 w2"]:
         """Return the crop of a tensor for uniform numbers `u` in [0, 1), computed on the CPU."""
@@ -154,9 +154,6 @@ class RandomResizedCrop(Crop):
     def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         top, left, h, w = self.box(image.shape[:2], u)
         out[...] = resize(image[top : top + h, left : left + w], self.shape, self.interpolation)
-
-    def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
-        return None
 
     def box(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int, int, int]:
         """Return the crop (top, left, height, width) of an image of size (h, w), in pixels."""
