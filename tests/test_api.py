@@ -157,11 +157,18 @@ def test_an_encoder_is_evaluated_from_memory_as_from_its_folder(result: pixmim.P
     for name, settings in (("kn", LABELLED), ("knn", LABELLED | {"tets": ""})):
         with pytest.raises(UserError, match="did you mean"):
             pixmim.evaluate(result, name, **settings)
+        with pytest.raises(UserError, match="did you mean"):
+            pixmim.evaluate_to_folder([result.folder], name, tmp_path, **settings)
+    with pytest.raises(UserError, match="no evaluation 'all'"):
+        pixmim.evaluate(result, "all", **LABELLED)
 
 
 def test_a_timm_model_is_evaluated(result: pixmim.PretrainResult) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=2, num_classes=0)
     assert "k20/mean/top1" in pixmim.evaluate(model, "knn", **LABELLED, device="cpu", console=QUIET)
+    data = "shapes:count=3,size=32"
+    expected, compiled = (pixmim.embed(m, data, device="cpu", console=QUIET)[0] for m in (model, torch.compile(model)))
+    assert np.array_equal(compiled, expected)
     with pytest.raises(UserError, match="not a timm model"):
         pixmim.evaluate(torch.nn.Linear(2, 2), "knn", **LABELLED)
 

@@ -129,6 +129,8 @@ def evaluate_to_folder(
     Raises:
         UserError: As for `evaluate`, before the first evaluation starts.
     """
+    if evaluation != "all":
+        check_name(evaluation)
     parts, console = _evaluations(evaluation, settings), console or Console()
     several = [models] if isinstance(models, str | os.PathLike) else models
     names = list(dict.fromkeys(os.fspath(model) for model in several))
@@ -383,6 +385,7 @@ def _open(data: Images, spec: ImageSpec) -> ImageDataset:
 
 def _encoder(model: AnyEncoder, device: str, precision: Precision) -> FrozenEncoder:
     if isinstance(model, nn.Module):
+        model = getattr(model, "_orig_mod", model)  # of a module that torch.compile wraps
         config = getattr(model, "pixmim_config", None) or _timm_config(model)
         return encoder_from_module(config, copy.deepcopy(model).float(), device, precision)
     return load_frozen_encoder(_name(model), device=device, precision=precision)

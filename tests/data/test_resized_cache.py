@@ -110,6 +110,9 @@ def test_several_processes_write_the_files_of_one(
             monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(number))
         with pytest.raises(UserError, match=r"not evenly spaced: .*--array=0-2"):
             shard_assignment()
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "")
+    with pytest.raises(UserError, match="SLURM_ARRAY_TASK_MIN='' is not a number"):
+        shard_assignment()
 
 
 def test_images_that_become_too_long_are_left_out(pictures: Path, tmp_path: Path) -> None:

@@ -71,6 +71,30 @@ def test_masks_of_single_objects_become_one(tmp_path: Path) -> None:
         pairs.read_array(0)
 
 
+@pytest.mark.parametrize("form", ["blue", "white first", "no black", "16 bits", "float", "opaque"])
+def test_all_but_black_is_an_object_whatever_holds_the_colors(form: str, tmp_path: Path) -> None:
+    """Dark colors have no luma; the numbers of a palette say nothing if it has black; values may exceed a byte."""
+    true = mask(5)
+    palettes = {"white first": ([255, 255, 255, 0, 0, 0], 1 - true), "no black": ([9, 9, 9, 200, 0, 0], true)}
+    if form in palettes:
+        palette, indices = palettes[form]
+        picture = Image.fromarray(indices, "P")
+        picture.putpalette(palette)
+    elif form in ("blue", "opaque"):
+        alpha = [np.full_like(true, 255)] * (form == "opaque")
+        picture = Image.fromarray(np.stack([0 * true, 0 * true, 4 * true, *alpha], axis=2))
+    else:
+        picture = Image.fromarray(true.astype(np.uint16) * 65535 if form == "16 bits" else true.astype(np.float32) / 4)
+    file = tmp_path / "x" / "masks" / ("1.tif" if form == "float" else "1.png")
+    save(tmp_path / "x" / "images" / "x.png", image(1))
+    file.parent.mkdir()
+    picture.save(file)
+    pairs = open_segmentation(str(tmp_path), RGB, "training")
+    assert np.array_equal(pairs.read_array(0)[..., 3], true)
+    ((found,), _) = read_objects(str(tmp_path))
+    assert found.mask is not None and np.array_equal(found.mask, true == 1)
+
+
 def test_a_folder_of_images_has_no_masks(tmp_path: Path) -> None:
     save(tmp_path / "a.png", image(0))
     save(tmp_path / "b_mask.png", image(1))

@@ -142,16 +142,16 @@ def shard_assignment() -> tuple[int, int]:
     """Return (rank, world size) under torchrun or in a Slurm array; (0, 1) otherwise.
 
     Raises:
-        UserError: If the numbers of an array are not evenly spaced, so that the rank is unknown.
+        UserError: If a variable is not a number, or the numbers of an array are not evenly spaced, so that the rank is
+            unknown.
     """
-    environment = os.environ
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    if "SLURM_ARRAY_TASK_ID" not in environment or "SLURM_ARRAY_TASK_COUNT" not in environment:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _number_in("RANK"), _number_in("WORLD_SIZE")
+    if "SLURM_ARRAY_TASK_ID" not in os.environ or "SLURM_ARRAY_TASK_COUNT" not in os.environ:
         return 0, 1
-    task, count = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "COUNT"))
-    first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
-    last = int(environment.get("SLURM_ARRAY_TASK_MAX", first + count - 1))
+    task, count = _number_in("SLURM_ARRAY_TASK_ID"), _number_in("SLURM_ARRAY_TASK_COUNT")
+    first = _number_in("SLURM_ARRAY_TASK_MIN", 0)
+    last = _number_in("SLURM_ARRAY_TASK_MAX", first + count - 1)
     step = max(1, (last - first) // max(1, count - 1))
     if first + (count - 1) * step != last or (task - first) % step:
         raise UserError(
@@ -159,6 +159,13 @@ def shard_assignment() -> tuple[int, int]:
             f"--array=0-{count - 1}. Shards that exist are kept, so a failed array can be submitted again"
         )
     return (task - first) // step, count
+
+
+def _number_in(variable: str, default: int = 0) -> int:
+    text = os.environ.get(variable, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{variable}={text!r} is not a number: set it to one, or unset it")
+    return int(text)
 
 
 def _write_or_check_settings(folder: Path, settings: CacheSettings) -> None:

@@ -37,8 +37,8 @@ class MaskFiles(NamedTuple):
     without: int  # number of images without a mask
 
 
-def read_mask(path: Path, color: bool) -> npt.NDArray[Any]:
-    """Read the numbers (h w) of a mask; with `color`, any color of a palette or RGB counts. Raises BadImage."""
+def read_mask(path: Path, color: bool = False) -> npt.NDArray[Any]:
+    """Read the numbers (h w) of a mask; with `color`, all but black is an object. Raises BadImage."""
     try:
         return read_numbers(read_file(path, max_bytes()), color=color)
     except (OSError, BadImage) as error:

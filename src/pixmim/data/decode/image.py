@@ -69,7 +69,13 @@ def read(data: bytes, form: ImageSpec = ALL_BITS) -> Array:
 
 
 def read_numbers(data: bytes, *, color: bool = False) -> Array:
-    """Read the values (h w) of a mask: palette indices, grey values, or with `color` also luma. Raises BadImage."""
+    """Read the values (h w) of a mask: grey values or palette indices; or with `color`, 0 where there is no object.
+
+    With `color`, pixels without an object are black. A palette that does not use black has index 0 there.
+
+    Raises:
+        BadImage: If that is not possible, or the image has neither grey values nor a palette and `color` is False.
+    """
     return run_with_time_limit(lambda: _read_numbers(data, color))
 
 
@@ -180,11 +186,14 @@ def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> tuple[Array, NoData
 def _read_numbers(data: bytes, color: bool) -> Array:
     with open_image(data) as image, library_errors():
         image.load()
-        if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
-            return _map_blocks(np.asarray, image)
-        if not color:
+        is_number = image.mode in ("1", "L", "P", *["F"] * color) or image.mode.startswith("I")
+        if not is_number and not color:
             raise BadImage(f"an image of mode {image.mode} instead of class numbers: save it as grey or palette PNG")
-        return _map_blocks(lambda block: np.asarray(block.convert("L")), image)
+        if color and (image.mode == "P" or not is_number):  # programs order the colors of a palette as they like
+            brightness = _map_blocks(lambda block: np.asarray(block.convert("RGB")).max(axis=2), image)
+            if not is_number or not brightness.all():
+                return brightness
+        return _map_blocks(np.asarray, image)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import alike_classes, class_indices, shares, shortened_list, warn_shared
 from pixmim.evaluation.context import EvalContext, Values, checked_once, discard
 from pixmim.evaluation.detection.coco_metrics import CocoMetrics, Detections
@@ -64,15 +63,13 @@ def _measure(
     skipped = context.skipped(test.images)
     with progress(f"objects of {test.images.spec}", len(test.images), context.console) as advance:
         for index in range(len(test.images)):
-            try:
+            with skipped.attempt(test.images, index):
                 image, objects = test.read(index), test.objects(index)
                 size = int(image.shape[-2]), int(image.shape[-1])
                 if masks:
                     objects = replace(objects, masks=[decode_mask(mask, size) for mask in objects.masks])
-            except BadImage as error:
-                skipped.record(index, test.images.path_of(index), str(error))
+            if index in skipped:
                 continue
-            skipped.mark_ok(index)
             crop = fit_to_square(size, settings.size)
             square = crop.crop_image(image, encoder.mean.tolist())[None].to(encoder.device)
             (output,) = detect(model, flip_and_normalize(square, None, encoder.mean, encoder.std))

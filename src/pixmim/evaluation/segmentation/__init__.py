@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import Tensor
 
 from pixmim.data.bad_images import BadImageLog
-from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import shares, shortened_list, warn_shared
 from pixmim.evaluation.context import SKIPPED_FILE, EvalContext, Values, bad_image_log, checked_once, discard
 from pixmim.evaluation.segmentation.dataset import IGNORE, SegmentationDataset, open_segmentation
@@ -111,16 +110,13 @@ def iterate_pairs(
     """Yield index, and image with mask, in order, read ahead by threads; log and skip what cannot be read."""
 
     def read(index: int) -> Tensor | None:
-        try:
+        with skipped.attempt(pairs, index):
             return pairs.image(index)
-        except BadImage as error:
-            skipped.record(index, pairs.path_of(index), str(error))
-            return None
+        return None
 
     with ThreadPool(threads, "pixmim-read") as pool:
         for index, pair in enumerate(ordered_map(pool, read, range(len(pairs)), 2 * num_threads(threads))):
             if pair is not None:
-                skipped.mark_ok(index)
                 yield index, pair
 
 

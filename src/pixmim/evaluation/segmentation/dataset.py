@@ -171,14 +171,14 @@ class _Layout:
             return self._read_values(masks[0])
         union = np.zeros((0, 0), np.uint8)
         for path in masks:
-            mask = self._read_values(path, color=True) != 0
+            mask = read_mask(path, color=True) != 0
             if union.size and mask.shape != union.shape:
                 raise BadImage(f"masks of one image differ in size: {path}")
             union = mask.astype(np.uint8) | union if union.size else mask.astype(np.uint8)
         return union
 
-    def _read_values(self, path: Path, color: bool = False) -> ClassMap:
-        values = read_mask(path, color)
+    def _read_values(self, path: Path) -> ClassMap:
+        values = read_mask(path)
         low, high = values.min(), values.max()
         if low < 0 or high > IGNORE:
             raise BadImage(f"mask value outside 0 to 255: {low if low < 0 else high} in {path}")

@@ -153,9 +153,6 @@ class JitteredCrop(Crop):
         out[..., -1] = IGNORE
         out[: part.shape[0], : part.shape[1], -1] = part
 
-    def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
-        return None
-
     def _is_mixed(self, mask: npt.NDArray[np.generic]) -> bool:
         counts = np.bincount(mask.ravel().astype(np.uint8), minlength=IGNORE + 1)[:IGNORE]
         return bool(np.count_nonzero(counts) > 1 and counts.max() < self.max_share * counts.sum())
