@@ -128,9 +128,15 @@ def test_settings_of_a_training_file_are_used_except_its_input_size(tmp_path: Pa
     config = resolve_model(str(tmp_path / "checkpoint-3.pth"), hints=BOTH).config
     assert config.image_size == (32, 32) and config.mask.ratio == 0.6
     assert config.target == TargetConfig("pixels", normalize_patches=False)
-    state = openmmlab(official.mae()) | {"target_generator.low_pass_filter": torch.ones(3, 32, 32)}
+
+
+@pytest.mark.parametrize(("side", "radius"), [(224, 40), (224, 10), (224, 112), (32, 6), (33, 5), (32, 1)])
+def test_the_radius_of_pixmim_is_that_of_the_files_filter(side: int, radius: int, tmp_path: Path) -> None:
+    distance = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2).square()
+    kept = (distance[:, None] + distance[None, :] <= radius**2).float().expand(3, -1, -1).clone()
+    state = openmmlab(official.mae()) | {"target_generator.low_pass_filter": kept}
     weights = resolve_model(str(saved(tmp_path / "pixmim.pth", state, "state_dict", meta={})), hints=BOTH)
-    assert weights.config.target == TargetConfig("low-frequency", radius=40.0, variant="paper-code")
+    assert weights.config.target == TargetConfig("low-frequency", radius=radius, variant="paper-code")
     assert list(weights.ignored_keys) == ["target_generator.low_pass_filter"]
 
 
@@ -332,8 +338,28 @@ def test_mean_and_std_of_the_caller_take_precedence(tmp_path: Path) -> None:
     import_weights(weights, tmp_path / "imported")
     assert resolve_model(str(tmp_path / "imported")).config.normalization == (hints["mean"], hints["std"])
     assert resolve_model(str(tmp_path / "imported"), hints={"mean": (0.5, 0.5, 0.5)}).config.mean == (0.5, 0.5, 0.5)
-    with pytest.raises(UserError, match="omit --size"):
-        resolve_model(str(tmp_path / "imported" / "encoder"), hints={"size": "64"})
+    (tmp_path / "timm" / "config.json").parent.mkdir()
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=0), tmp_path / "timm")
+    for name in ("imported", "imported/encoder", "imported/encoder/model.safetensors", "timm"):
+        for hint, value in (("size", "64"), ("num_heads", 7), ("decoder_heads", 7), ("prefix", "teacher")):
+            with pytest.raises(UserError, match=r"is known to be .*: omit --(size|heads|decoder-heads|prefix)$"):
+                resolve_model(str(tmp_path / name), hints={hint: value})
+
+
+@pytest.mark.parametrize(("windows", "size"), [((12, 12, 12, 12), 384), ((12, 12, 12, 6), 192), ((4, 4, 4, 2), 64)])
+def test_the_windows_of_a_swin_give_its_size(windows: tuple[int, ...], size: int, tmp_path: Path) -> None:
+    """A window is cut to its stage's map: timm's Swin of that size and window has these tables."""
+    options = {"embed_dim": 12, "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)}
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", num_classes=0, img_size=size, window_size=windows[0], **options
+    )
+    tables = [stage.blocks[0].attn.relative_position_bias_table for stage in swin.layers]
+    assert [len(table) for table in tables] == [(2 * window - 1) ** 2 for window in windows]
+    path = saved(tmp_path / "swin.pth", swin.state_dict())
+    assert resolve_model(str(path)).config.image_size == (size, size)
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(load_encoder(path)(images), swin.eval()(images))
 
 
 def test_a_mask_of_another_grid_is_refused_by_name(tiny_run: Make) -> None:
@@ -383,6 +409,10 @@ def test_hugging_face_classifiers_with_their_norms(
         torch.testing.assert_close(load_encoder(tmp_path)(images), reference(images).logits, atol=6e-6, rtol=0)
     weights = resolve_model(str(tmp_path))
     assert weights.config.normalization == ((0.1, 0.2, 0.3), (0.2, 0.3, 1.0)) and weights.notes == ()
+    other = json.loads((tmp_path / "config.json").read_text()) | {"hidden_act": "quick_gelu"}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="hidden_act 'quick_gelu', but only gelu"):
+        resolve_model(str(tmp_path))
 
 
 # ---- Hugging Face
@@ -487,6 +517,33 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         read_weights(saved(tmp_path / "none.pth", {}, "optimizer", epoch=3))
     with pytest.raises(UserError, match="a convolutional network"):
         read_weights(saved(tmp_path / "resnet.pth", random(official.conv("conv1", 3, 4, 7))))
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pth", "model.SAFETENSORS", "model"])
+def test_safetensors_are_read_under_any_name(name: str, tmp_path: Path) -> None:
+    save_file(ENCODER, tmp_path / name)
+    assert resolve_model(str(tmp_path / name), hints=VIT).encoder.keys() == ENCODER.keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(float("nan"), "NaN or infinity"), (float("inf"), "NaN or infinity"), (None, "torch.int8")]
+)
+def test_values_that_are_no_weights_are_refused(
+    value: float | None, found: str, tiny_run: Make, tmp_path: Path
+) -> None:
+    """Quantized weights and those of a diverged training would give features without meaning."""
+    run, key = tiny_run(), "blocks.1.mlp.fc1.weight"
+    state = {name: tensor.clone() for name, tensor in build_encoder(run).state_dict().items()}
+    if value is None:
+        state[key] = (100 * state[key]).to(torch.int8)
+    else:
+        state[key][0, 0] = value
+    path = saved(tmp_path / "x.pth", state)
+    message = rf"holds {found}.* in 'blocks\.1\.mlp\.fc1\.weight'"
+    with pytest.raises(UserError, match=message):
+        load_encoder(path, num_heads=2)
+    with pytest.raises(UserError, match=message):
+        initialize_from(build_model(run), replace(run, init=str(path)))
 
 
 def test_missing_and_unexpected_keys_are_named_as_in_the_file(tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ def test_a_decoder_that_no_longer_fits_is_reported_with_the_flag(tmp_path: Path)
         ("timm:deit_tiny_distilled_patch16_224", "'deit_tiny_distilled_patch16_224' is not a plain VisionTransformer"),
         ("timm:mixer_s16_224", "mixer_s16_224"),
         ("timm:vit_tiny_patch16_223", "did you mean 'vit_tiny_patch16_224'"),
+        ("timm:vit_small_patch16_224.dyno", r"no pretrained weights .*did you mean 'vit_small_patch16_224\.dino'"),
         ("timm:../secret", "plain name of a model"),
         ("hf:../secret", "a name on the hub"),
         ("hf:a/b/c", "a name on the hub"),

@@ -20,12 +20,18 @@ Grid = tuple[int, int]
 def interpolate_tables(weights: Weights, state: Tensors, config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
     """Adapt position tables and the first convolution to a model, given by the shapes of its state and configuration.
 
-    Returns all tensors of the weights, and a line for each adapted one. Raises UserError if a table does not permit it.
+    Returns all tensors of the weights, and a line for each adapted one. Raises UserError if a table does not permit it,
+    or a tensor holds integers, as quantized files do, or values that are not finite.
     """
     adapted, lines = dict(weights.tensors), []
     first = next((name for name, value in state.items() if name.startswith("encoder.") and value.ndim == 4), "")
     for name, value in weights.tensors.items():
-        if name not in state or (state[name].shape == value.shape and weights.config.image_size == config.image_size):
+        if name not in state:
+            continue
+        if state[name].is_floating_point() and not (value.is_floating_point() and bool(value.isfinite().all())):
+            kind = "NaN or infinity" if value.is_floating_point() else f"{value.dtype}, as in quantized models"
+            raise UserError(f"the file ({weights.format_name}) holds {kind} in {original_key(weights, name)}: unusable")
+        if state[name].shape == value.shape and weights.config.image_size == config.image_size:
             continue  # at another image size, even a table of the same length may belong to another grid: 6x6 and 4x9
         try:
             adapted[name], line = _adapt(weights, name, state[name], config, first)

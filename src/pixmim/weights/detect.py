@@ -82,18 +82,34 @@ def read_weights(path: Path, hints: ModelHints | None = None) -> Weights:
     file = read(path, hints.prefix.split(".")[0], hints.ema)
     try:
         if METADATA_KEY in file.metadata:
-            return with_normalization(_read_pixmim(file, hints), hints)
+            return with_hints(_read_pixmim(file), hints)
         settings = read_settings(file)
-        hints = merge_hints(hints, settings)
-        weights = _read_timm_folder(file) if "architecture" in file.config else _read_recognized(file, hints)
+        if "architecture" in file.config:
+            weights = with_hints(_read_timm_folder(file), replace(hints, ema=False))
+        else:
+            hints = merge_hints(hints, settings)
+            weights = _read_recognized(file, hints)
         return _with_settings(weights, settings, hints)
     except UserError as error:
         text = str(error)
         raise error if text.startswith(str(file.path)) else UserError(f"{file.path}: {text}") from error
 
 
-def with_normalization(weights: Weights, hints: ModelHints) -> Weights:
-    """Replace mean and std by the caller's. Raises UserError for values out of bounds."""
+def with_hints(weights: Weights, hints: ModelHints) -> Weights:
+    """Apply the caller's facts to a model of known configuration: mean and std are replaced.
+
+    Raises UserError for values out of bounds, and for facts that would be ignored.
+    """
+    other_size = hints.img_size is not None and to_pair(hints.img_size) != weights.config.image_size
+    facts = {"--size": other_size, "--heads": hints.num_heads, "--decoder-heads": hints.decoder_heads}
+    facts |= {"--prefix": hints.prefix, "--ema": hints.ema}
+    if ignored := [flag for flag, value in facts.items() if value]:
+        known = f"{weights.config.model.backbone} at {weights.config.size} pixels"
+        raise UserError(f"it is known to be {known}: omit {', '.join(ignored)}")
+    return _with_normalization(weights, hints)
+
+
+def _with_normalization(weights: Weights, hints: ModelHints) -> Weights:
     values = {name: value for name in ("mean", "std") if (value := getattr(hints, name)) is not None}
     return replace(weights, config=replace(weights.config, **values)) if values else weights
 
@@ -110,7 +126,7 @@ def _with_settings(weights: Weights, settings: Mapping[str, Any], hints: ModelHi
         value = value * config.channels if len(value) == 1 else value
         values |= {name: value} if len(value) == config.channels else {}
     config = replace(config, dtype=settings.get("dtype", config.dtype), **values)
-    weights = with_normalization(replace(weights, config=config), hints)
+    weights = _with_normalization(replace(weights, config=config), hints)
     assumed = hints.assumed + [
         f"--{name} {' '.join(f'{value:g}' for value in default[:3])}"
         for name, default in zip(("mean", "std"), config.normalization, strict=True)
@@ -171,11 +187,9 @@ def _has_token_of_last_stage(tensors: Mapping[str, Tensor]) -> bool:
     return tensors["mask_token"].shape[1] == width
 
 
-def _read_pixmim(file: RawCheckpoint, hints: ModelHints) -> Weights:
+def _read_pixmim(file: RawCheckpoint) -> Weights:
     """Read a file that pixmim wrote, by its metadata."""
     config = from_json(file.metadata[METADATA_KEY], file.path)
-    if hints.img_size is not None and to_pair(hints.img_size) != config.image_size:
-        raise UserError(f"its metadata state an image size of {config.size} pixels: omit --size")
     progress = {name: file.metadata.get(name, "0") for name in ("step", "steps")}
     for name, value in progress.items():
         if not re.fullmatch(r"[0-9]{1,15}", value):

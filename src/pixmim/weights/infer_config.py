@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from pixmim.config import ArchitectureConfig, MaskConfig, ModelConfig, Option, TargetConfig
@@ -73,7 +74,6 @@ CONVNEXTS: dict[tuple[int, tuple[int, ...]], str] = {  # by (width, depths)
 }
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width
 DECODER_HEADS = {512: 16, 384: 12, 256: 8}  # by width: MAE and ConvMAE; LSMAE-base; CrossMAE-small
-SWIN_SIZES = {6: 192, 7: 224, 12: 192, 14: 224}  # by window: SimMIM and Swin; 12: SimMIM's Swin-L
 _EPS = {"vit": 1e-6, "beit": 1e-6, "swin": 1e-5, "convmae": 1e-6, "resnet": None, "convnext": 1e-6}  # of layer norms
 _FIRST = {"convmae": "patch_embed1.proj", "resnet": "conv1", "convnext": "stem.0"}  # convolution; others: patch_embed
 _HF_EPS = {"vit": 1e-12, "vit_mae": 1e-12, "beit": 1e-12, "swin": 1e-5}  # transformers' defaults, by model_type
@@ -174,8 +174,9 @@ def _swin(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     tables = [tensors[f"encoder.layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in stages]
     windows = [(math.isqrt(table.shape[0]) + 1) // 2 for table in tables]
     window = max(windows)
-    one_window = window * patch * 2 ** (len(depths) - 1)  # by convention, the last stage's map is one window
-    size = _default_size(hints, SWIN_SIZES.get(window, one_window))
+    # By convention, the last stage's map is one window; a window smaller than others has been cut to its stage's map.
+    stage = next((stage for stage in stages if windows[stage] < window), len(depths) - 1)
+    size = _default_size(hints, windows[stage] * patch * 2**stage)
     shrunk = [min(window, min(size) // patch // 2**stage) for stage in stages]  # to maps smaller than the window
     options: Options = {"window_size": window if windows == shrunk else windows}
     name = SWINS.get((dim, depths))
@@ -363,6 +364,9 @@ def read_settings(file: RawCheckpoint) -> dict[str, Any]:
     settings: dict[str, Any] = {
         hint: content[key] for key, (hint, types) in _SETTINGS.items() if type(content.get(key)) in types
     }
+    activation = file.config.get("hidden_act", "gelu")  # no shape shows it
+    if activation not in ("gelu", "gelu_python"):
+        raise UserError(f"its config.json has hidden_act {shown(activation)}, but only gelu is supported")
     model_type = content.get("model_type")
     if isinstance(model_type, str) and model_type in _HF_EPS:
         settings.setdefault("norm_eps", _HF_EPS[model_type])
@@ -402,8 +406,10 @@ def _target(file: RawCheckpoint, model: ArchitectureConfig) -> TargetConfig:
     """Return the pre-training target that the file states, otherwise the method's own."""
     if model.name == "simmim":
         return TargetConfig("pixels", normalize_patches=False, distance="l1")
-    if "target_generator.low_pass_filter" in file.tensors:
-        return TargetConfig("low-frequency", radius=40.0, variant="paper-code")
+    kept = file.tensors.get("target_generator.low_pass_filter")  # 1 in a circle, otherwise 0, for each channel
+    if kept is not None:
+        y, x = (index - (side - 1) / 2 for index, side in zip(kept[0].nonzero().T, kept.shape[1:], strict=True))
+        return TargetConfig("low-frequency", radius=math.ceil(torch.hypot(y, x).max()), variant="paper-code")
     normalize = file.settings.get("norm_pix_loss", file.config.get("norm_pix_loss", True))
     return TargetConfig("pixels", normalize_patches=bool(normalize))
 

@@ -23,7 +23,7 @@ from pixmim.utils.memory import free_memory, in_gib
 from pixmim.utils.trust import inside
 from pixmim.utils.validation import Size, check_options, check_value, parse_size
 from pixmim.weights.adapt import adapt_weights, format_shape, interpolate_tables, original_key
-from pixmim.weights.detect import Weights, read_run, read_weights, with_normalization
+from pixmim.weights.detect import Weights, read_run, read_weights, with_hints
 from pixmim.weights.infer_config import ModelHints
 from pixmim.weights.published import download_hub, download_timm
 from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS, save_encoder, save_tensors, timm_config
@@ -157,22 +157,27 @@ def resolve_model(
     check_options({name: known[name] for name in ("num_heads", "decoder_heads") if name in known})
     model_hints = ModelHints(**known)
     if name.startswith("timm:"):
-        return with_normalization(download_timm(name.removeprefix("timm:"), head), model_hints)
-    path = download_hub(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name).expanduser()
-    run = read_run(path) if path.is_dir() else None
-    if run is None:
-        return _in_memory(read_weights(path, model_hints))
-    return with_normalization(_read_newest(path, run, with_decoder, model_hints), model_hints)
+        weights = download_timm(name.removeprefix("timm:"), head)
+    else:
+        path = download_hub(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name).expanduser()
+        run = read_run(path) if path.is_dir() else None
+        if run is None:
+            return _in_memory(read_weights(path, model_hints))
+        weights = _read_newest(path, run, with_decoder)
+    try:
+        return with_hints(weights, model_hints)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
-def _read_newest(path: Path, config: ModelConfig, with_decoder: bool, hints: ModelHints) -> Weights:
+def _read_newest(path: Path, config: ModelConfig, with_decoder: bool) -> Weights:
     """Read the newest weights of a run, finished or not, or those of an imported folder."""
     complete, encoder = inside(path, "model.safetensors"), inside(path, ENCODER_WEIGHTS)
     file = complete if with_decoder and complete.is_file() else encoder
     notes = list[str]()
     checkpoints = CheckpointManager(inside(path, "checkpoints"), warn=notes.append)
     newest = max(checkpoints.steps(), default=0)
-    weights = replace(read_weights(file, hints), config=config) if file.is_file() else None  # paths as in config.json
+    weights = replace(read_weights(file), config=config) if file.is_file() else None  # paths as in config.json
     suffices = weights is not None and not (with_decoder and file is encoder)
     if newest and not (suffices and weights is not None and newest <= weights.step):
         with WithoutInitialization():

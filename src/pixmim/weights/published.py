@@ -25,9 +25,15 @@ def describe_timm(name: str, head: bool = False) -> ModelConfig:
     check_name(name)
     if not timm.is_model(name.split(".")[0]):
         raise UserError(f"timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
-    cfg = timm.get_pretrained_cfg(name)
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # the model has no such tag
+        cfg = None
     if cfg is None or not cfg.has_weights:
-        raise UserError(f"timm has no pretrained weights for '{name}': `timm.list_pretrained()` lists those it has")
+        near = did_you_mean(name, timm.list_pretrained(f"{name.split('.')[0]}.*"))
+        raise UserError(
+            f"timm has no pretrained weights for '{name}': `timm.list_pretrained()` lists those it has{near}"
+        )
     classes = int(cfg.num_classes or 0) if head else 0
     channels, h, w = cfg.input_size
     return ModelConfig(

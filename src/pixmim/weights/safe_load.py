@@ -99,7 +99,7 @@ def _read_file(path: Path, state: str = "", ema: bool = False) -> RawCheckpoint:
     with readable(path), open(open_regular(path), "rb") as file:
         start, size = file.read(64), os.fstat(file.fileno()).st_size
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or start[8:9] == b"{":  # by any name: 8 bytes of length, and a JSON header
             with safe_open(path, "pt") as tensors_file:
                 names = list(tensors_file.keys())
                 if len(names) > MAX_TENSORS:
