@@ -1,6 +1,7 @@
 """Test that timm, transformers and onnxruntime load exports strictly, and compute the same features."""
 
 import errno
+import json
 import os
 import resource
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from helpers.cli import say
 from helpers.evaluated import evaluate
 from helpers.models import CNNS, old_swin_layout
 from pixmim import load_encoder, load_model, patchify
-from pixmim.build import build_model
+from pixmim.build import build_encoder, build_model
 from pixmim.config import ArchitectureConfig, OnlineKnnConfig, PretrainConfig, TargetConfig
 from pixmim.config_io import load_config, to_json
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
@@ -32,6 +33,7 @@ from pixmim.report import write_report
 from pixmim.utils.errors import UserError
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import import_weights, resolve_model
+from pixmim.weights.save import save_encoder
 
 transformers = pytest.importorskip("transformers")
 
@@ -192,6 +194,7 @@ def test_transformers_loads_its_layout(name: str, make_model: MakeModel, tmp_pat
     options = {"add_pooling_layer": False} if "add_pooling_layer=False" in lines[1] else {}
     loaded, info = getattr(transformers, kind).from_pretrained(tmp_path / "out", output_loading_info=True, **options)
     assert not any(info.values()), info
+    assert ("without the decoder" in (tmp_path / "out" / "README.md").read_text()) == body
     images = images_for(name)
     n = images.shape[-2] // module.patch * (images.shape[-1] // module.patch)
     hidden = torch.rand(2, n).argsort(dim=1) >= n // 4
@@ -243,6 +246,8 @@ def test_torch_files_are_read_back_bitwise(name: str, to: str, make_model: MakeM
 def test_unsupported_models_are_refused_with_the_reason(make_model: MakeModel, tmp_path: Path, tiny_run: Make) -> None:
     convmae, _ = make_model("convmae")
     resnet, _ = make_model("resnet")
+    resnet26 = str(tmp_path / "resnet26.pth")  # neither project has it
+    torch.save(timm.create_model("resnet26", num_classes=0).state_dict(), resnet26)
     for folder, to, message in (
         (convmae, "timm", "timm has no ConvMAE"),
         (convmae, "hf", "of convmae"),
@@ -250,6 +255,8 @@ def test_unsupported_models_are_refused_with_the_reason(make_model: MakeModel, t
         (resnet, "hf", "the layout of test_resnet"),
         (resnet, "mmpretrain", "--to mmpretrain"),
         (resnet, "detectron2", "ResNets only, not test_resnet"),
+        (resnet26, "mmpretrain", "ResNet-18, 34, 50, 101 and 152"),
+        (resnet26, "detectron2", "ResNets only, not resnet26"),
     ):
         with pytest.raises(UserError, match=message):
             export_model(folder, to, tmp_path / "out")
@@ -264,6 +271,45 @@ def test_unsupported_models_are_refused_with_the_reason(make_model: MakeModel, t
         export_model(str(tmp_path / "mlp"), "hf", tmp_path / "out")
     with pytest.raises(UserError, match="/no/such does not exist"):
         export_model("/no/such", "timm", tmp_path / "out")
+
+
+def test_an_export_in_the_folder_of_the_run_is_named_like_it(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_model("mae")[0])
+    export_model(".", "timm")
+    export_model("encoder/..", "detectron2")
+    assert sorted(path.name for path in Path().glob("*-*")) == ["mae-detectron2", "mae-timm"]
+
+
+def test_a_classifier_keeps_the_names_of_its_classes(tiny_run: Make, tmp_path: Path) -> None:
+    base = tiny_run().model
+    config = tiny_run(model=replace(base, options={**base.options, "num_classes": 3}))
+    save_encoder(build_encoder(config), tmp_path / "classifier", config, 1, classes=["ant", "bee", "fly"])
+    for to in ("timm", "onnx", "mmpretrain"):
+        export_model(str(tmp_path / "classifier"), to, tmp_path / to)
+    assert resolve_model(str(tmp_path / "timm")).classes == ("ant", "bee", "fly")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    assert loaded.pretrained_cfg["label_names"] == ["ant", "bee", "fly"]
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["ant", "bee", "fly"]
+    meta = torch.load(tmp_path / "mmpretrain" / "model.pth", weights_only=True)["meta"]
+    assert meta["classes"] == ["ant", "bee", "fly"]
+
+
+def test_onnx_that_computes_no_numbers_is_refused(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Broken(onnxruntime.InferenceSession):  # type: ignore[misc, name-defined]
+        def run(self, *args: Any) -> list[Any]:
+            return [output * float("nan") for output in super().run(*args)]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Broken)
+    with pytest.raises(UserError, match="differ by nan"):
+        export_model(make_model("mae")[0], "onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_checkpoints_exports_its_encoder(make_model: MakeModel, tmp_path: Path) -> None:

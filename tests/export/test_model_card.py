@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 from helpers.cli import say
 from helpers.evaluated import evaluate
 from helpers.models import CNNS, old_swin_layout
 from pixmim.build import build_model
-from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
+from pixmim.config import ArchitectureConfig, CropConfig, ModelConfig, PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.evaluation.attentive_probe import AttentiveProbe, load_probe, save_probe
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
@@ -108,6 +109,16 @@ def test_imported_weights_have_a_card_without_training(tiny_run: Make, tmp_path:
     export_model(str(make_run(classifier, tmp_path / "b")), "timm", tmp_path / "classifier")
     card = (tmp_path / "classifier" / "README.md").read_text()
     assert front_matter(card)["pipeline_tag"] == "image-classification" and "3 classes" in sections(card)["Method"]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_resize_of_the_crop_is_that_of_transformers(interpolation: Any, tiny_run: Make, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    run = make_run(tiny_run(crop=CropConfig(interpolation=interpolation), stretch="1,99"), tmp_path / "run")
+    lines = export_model(str(run), "hf", tmp_path / "out")
+    processor = transformers.ViTImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor.resample == Image.Resampling[interpolation.upper()]
+    assert any("--stretch 1,99 is not part of the exported model" in line for line in lines)
 
 
 def test_results_have_intervals_and_names_are_escaped(tiny_run: Make, tmp_path: Path) -> None:

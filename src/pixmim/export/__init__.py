@@ -26,7 +26,6 @@ from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.files import atomic_folder, write_text_atomically
 from pixmim.weights.detect import Weights
 from pixmim.weights.formats import MM, MM_CONVNEXT, MM_RESNET
-from pixmim.weights.infer_config import RESNETS
 from pixmim.weights.key_map import downsampling_to_previous_stage
 from pixmim.weights.load import build_encoder_with_weights, describe, resolve_model
 from pixmim.weights.save import save_encoder
@@ -36,7 +35,7 @@ def to_timm(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     """Write timm's hub layout, as in a run's own encoder/."""
     if weights.config.model.name == "convmae":
         raise UserError("timm has no ConvMAE: load the encoder with pixmim.load_encoder, or use --to onnx")
-    save_encoder(encoder, folder, weights.config, weights.step, weights.steps)
+    save_encoder(encoder, folder, weights.config, weights.step, weights.steps, list(weights.classes))
     return ['timm.create_model("local-dir:FOLDER", pretrained=True)']
 
 
@@ -49,7 +48,9 @@ def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[st
         name = f"ResNet with depth={depth}" if depth else "ConvNeXt"
         return [f"init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of {name}"]
     if type(encoder) is not VisionTransformer or weights.config.model.name in ("simmim", "pixio", "crossmae"):
-        raise UserError("--to mmpretrain supports ResNet, ConvNeXt, and the ViTs of MAE, LSMAE and MFF only")
+        raise UserError(
+            "--to mmpretrain supports ResNet-18, 34, 50, 101 and 152, ConvNeXt, and the ViTs of MAE, LSMAE and MFF only"
+        )
     _write_torch(folder, {"state_dict": MM.from_pixmim(weights.tensors), "meta": _meta(weights, encoder)})
     return [
         "init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of VisionTransformer",
@@ -79,9 +80,9 @@ def to_detectron2(weights: Weights, encoder: nn.Module, folder: Path) -> list[st
 
 
 def _resnet_depth(weights: Weights) -> int:
-    """Return the layers of a ResNet as torchvision has them; 0 for other models."""
+    """Return the layers of a ResNet that torchvision, mmpretrain and detectron2 have; 0 for other models."""
     name = weights.config.model.backbone.split(".")[0]
-    return int(name.removeprefix("resnet")) if name in RESNETS.values() else 0
+    return next((depth for depth in (18, 34, 50, 101, 152) if name == f"resnet{depth}"), 0)
 
 
 def _detectron2_resnet(key: str) -> str:
@@ -130,7 +131,7 @@ def export_model(
         UserError: If the project does not support the model, or the folder cannot be written.
     """
     weights = resolve_model(name, with_decoder=True, hints=hints)
-    folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
+    folder = folder or Path(f"{os.path.basename(os.path.abspath(name.replace(':', '-')))}-{to}")
     if os.path.lexists(folder):
         raise UserError(f"{folder} already exists: choose another --out")
     encoder, run = build_encoder_with_weights(weights), Path(name).expanduser()
@@ -140,7 +141,7 @@ def export_model(
         notes.append(f"{to} cannot store the layer norms' epsilon of {eps:g}: its features differ by a few thousandths")
     if stretch:
         text = "map these percentiles of each channel of an image to its full range first"
-        notes.append(f"{to} cannot store --stretch {stretch}: {text}")
+        notes.append(f"--stretch {stretch} is not part of the exported model: {text}")
     try:
         with atomic_folder(folder) as temporary:
             usage = FORMATS[to](weights, encoder, temporary)
@@ -209,7 +210,7 @@ def _meta(weights: Weights, encoder: nn.Module) -> dict[str, Any]:
         meta |= {"num_attention_heads": blocks[0].attn.num_heads, "layer_norm_eps": blocks[0].norm1.eps}
     if weights.has_decoder:
         meta["decoder_num_attention_heads"] = weights.config.model.decoder_heads
-    return meta | {"step": weights.step}
+    return meta | {"step": weights.step, "classes": list(weights.classes)}
 
 
 def _write_torch(folder: Path, content: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": h, "width": w},
-        "resample": 3,
+        "resample": 2 if run.interpolation == "bilinear" else 3,  # PIL's numbers
         "do_rescale": run.dtype != "float32",
         "rescale_factor": 1 / (65535 if run.dtype == "uint16" else 255),
         "do_normalize": True,

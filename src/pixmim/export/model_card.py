@@ -39,7 +39,7 @@ _LOAD = {
         'outputs = session.run(None, {{"images": {zeros}.numpy()}})',
     ],
 }
-_ENCODER_ONLY = ("timm", "detectron2", "onnx")
+_WITH_DECODER = ("transformers.ViTMAEFor", "transformers.ViTForMasked", "transformers.SwinForMasked")
 _CONFIGURED = ("mmpretrain", "detectron2")
 """Projects that load weights by their configuration, which the lines about usage show."""
 
@@ -66,9 +66,10 @@ def model_card(
     results = compare([ModelResults("", _without_paths(read_results(run, problems.append)))])
     bad = inside(run, "skipped.csv")
     count = len(read_bad_images(bad)[0]) if bad.exists() else 0
+    encoder_only = weights.has_decoder and to != "mmpretrain" and not usage[0].startswith(_WITH_DECODER)
     left_out = [
         *notes,
-        *["This folder holds the encoder only, without the decoder."] * (weights.has_decoder and to in _ENCODER_ONLY),
+        *["This folder holds the encoder only, without the decoder."] * encoder_only,
         *[f"{count:,} images of the training data could not be read."] * bool(count),
         *[f"{len(problems):,} files or values of the results could not be read."] * bool(problems),
     ]
