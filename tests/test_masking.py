@@ -55,6 +55,9 @@ def test_masks_that_hide_nothing_all_or_unequal_numbers_are_refused() -> None:
         RandomMask(0.9)(1, 4)
     with pytest.raises(ValueError, match="between 0 and 1"):
         RandomMask(1.0)
+    for generator in (BlockwiseRandomMask(0.75, 2), SquareMask(0.5), BeitBlockMask(), GreenNoiseMask()):
+        with pytest.raises(ValueError, match=r"needs a grid of \(rows, columns\), not 196 patches"):
+            generator(2, 196)
 
 
 def test_lsmae_keeps_the_published_count_in_complete_blocks() -> None:

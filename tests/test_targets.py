@@ -171,5 +171,6 @@ def test_invalid_values_are_refused() -> None:
             ColorBins(bins)
     with pytest.raises(ValueError, match="4 channels, but mean and std of 3"):
         LowFrequency(variant="paper-code")(torch.zeros(1, 4, 8, 8))
-    with pytest.raises(ValueError, match="must not be negative"):
-        LowFrequency(-1)
+    for radius in (-1, math.nan, (3, 0), (math.nan, 3), (3, math.nan), (math.inf, 3)):
+        with pytest.raises(ValueError, match="must not be negative"):
+            LowFrequency(radius)

@@ -82,8 +82,8 @@ def build_mask_sampler(config: ModelConfig, patch: int) -> MaskSampler:
             raise UserError(
                 f"--size {config.size} has {grid[0] * grid[1]:,} patches, more than the {MAX_PATCHES:,} allowed"
             )
-        batch_size = config.batch_size if isinstance(config, PretrainConfig) else 1
-        sampler = MaskSampler(generator, grid, _seed(config), batch_size)
+        seed, batch_size = (config.seed, config.batch_size) if isinstance(config, PretrainConfig) else (0, 1)
+        sampler = MaskSampler(generator, grid, seed, batch_size)
         mask = sampler(step=0, rows=range(max(1, min(64, 2**20 // (grid[0] * grid[1])))))
         if config.model.name != "simmim":
             _ = mask.indices  # raises if masks hide different numbers of patches
@@ -106,7 +106,7 @@ def build_model(config: ModelConfig) -> MaskedModel:
     outputs = config.target.bins if config.target is not None and config.target.distance == "cross_entropy" else 1
     options = {**_input_options(config), "outputs": outputs, **own, **m.options}
     check_memory(lambda: create_model(m.name, m.backbone, **options), m.backbone)
-    with seeded(_seed(config)):
+    with seeded(config.seed if isinstance(config, PretrainConfig) else 0):
         return create_model(m.name, m.backbone, **options)
 
 
@@ -131,8 +131,3 @@ def build_loss(config: ModelConfig) -> ReconstructionLoss:
 
 def _input_options(config: ModelConfig) -> dict[str, Any]:
     return {"img_size": config.image_size, "in_chans": config.channels}
-
-
-def _seed(config: ModelConfig) -> int:
-    """Return the seed of a run; 0 for imported weights."""
-    return config.seed if isinstance(config, PretrainConfig) else 0

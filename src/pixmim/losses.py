@@ -190,6 +190,6 @@ def patch_size(prediction: Float[Tensor, "b n d"], images: Float[Tensor, "b c h 
     _, c, h, w = images.shape
     patch = math.isqrt(d // (c * outputs))
     if patch * patch * c * outputs != d or n * patch * patch != h * w:
-        bins = f" with {outputs} bins" if outputs > 1 else ""
-        raise ValueError(f"a prediction of {n} patches x {d} values does not cover images of {c}x{h}x{w}{bins}")
+        text = f"a prediction of {n} patches x {d} values does not cover images of {c}x{h}x{w}"
+        raise ValueError(text + f" with {outputs} bins" * (outputs > 1))
     return patch

@@ -111,7 +111,9 @@ class MaskGenerator(ABC):
         return True
 
     def __call__(self, batch: int, grid: int | Grid, generator: torch.Generator | None = None) -> Mask:
-        """Draw masks for `batch` images with a torch generator. `grid`: (rows, columns), or the number of patches."""
+        """Draw masks with a torch generator. `grid`: (rows, columns), for `RandomMask` also the number of patches."""
+        if isinstance(grid, int) and not isinstance(self, RandomMask):  # neighbors count
+            raise ValueError(f"{type(self).__name__} needs a grid of (rows, columns), not {grid} patches")
         shape = (1, grid) if isinstance(grid, int) else grid
         device = generator.device if generator is not None else None
         return self.sample(torch.rand(batch, self.num_uniforms(shape), generator=generator, device=device), shape)

@@ -181,8 +181,8 @@ def _check(radius: Radius, variant: Variant) -> None:
     if isinstance(radius, str):
         if radius != "auto":
             raise ValueError(f"radius must be a number of frequency bins, a pair of them or 'auto', not {radius!r}")
-    elif (min(radius) <= 0) if isinstance(radius, tuple) else (radius < 0):
-        raise ValueError(f"radius must not be negative (a pair: positive), but is {radius}")
+    elif not (all(0 < r < torch.inf for r in radius) if isinstance(radius, tuple) else radius >= 0):
+        raise ValueError(f"radius must not be negative (a pair: positive and finite), but is {radius}")
 
 
 class _Filter(NamedTuple):

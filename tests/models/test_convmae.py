@@ -6,6 +6,7 @@ import torch
 from pixmim import RandomMask, create_model
 from pixmim.models import features
 from pixmim.models.convmae import ConvMAE, ConvMAEEncoder
+from pixmim.models.feature_maps import maps
 from pixmim.utils.errors import UserError
 from pixmim.utils.patches import hidden_pixels
 
@@ -84,6 +85,9 @@ def test_an_unmasked_encoder_returns_features_or_logits() -> None:
     output = features(encoder, images, blocks=2)
     assert output.vector.shape == (2, 2, 32) and output.map.shape == (2, 32, 2, 4)
     torch.testing.assert_close(output.mean, encoder(images))
+    larger = torch.randn(2, 3, 64, 128)  # of the same proportions
+    torch.testing.assert_close(features(encoder, larger).mean, encoder(larger))
+    assert maps(encoder, larger)[2].shape == (2, 32, 4, 8)
     classifier = ConvMAEEncoder(img_size=(32, 64), num_classes=7, **SMALL)
     assert classifier(images).shape == (2, 7)
     assert {"fc_norm.weight", "head.weight"} <= set(classifier.state_dict()) and "norm.weight" not in dict(

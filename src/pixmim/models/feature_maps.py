@@ -45,13 +45,13 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
         final = encoder.forward_features(images).permute(0, 3, 1, 2)
         return Features(final.mean(dim=(2, 3))[:, None], [final])
     if isinstance(encoder, ConvMAEEncoder):
-        *_, tokens = encoder.stages(images)
+        _, second, tokens = encoder.stages(images)
         each = []
         for block in encoder.blocks3:
             tokens = block(tokens)
             each.append(tokens)
         each = [encoder.norm(tokens) for tokens in each[-blocks:]]
-        maps = [tokens.transpose(1, 2).unflatten(2, encoder.grid) for tokens in each]
+        maps = [_as_map(tokens, second) for tokens in each]
         return Features(torch.stack([one.mean(dim=(2, 3)) for one in maps], dim=1), maps)
     if is_cnn(encoder):
         network: Any = encoder
@@ -101,7 +101,7 @@ def maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> list[Float[Ten
         return list(stages)[-4:]  # without the stem of a ResNet
     if isinstance(encoder, ConvMAEEncoder):
         first, second, tokens = encoder.stages(images)
-        third = encoder.blocks3(tokens).transpose(1, 2).unflatten(2, encoder.grid)
+        third = _as_map(encoder.blocks3(tokens), second)
         return [first, second, third, nn.functional.max_pool2d(third, 2, ceil_mode=True)]
     raise unsupported_encoder(encoder)
 
@@ -115,3 +115,8 @@ def widths(encoder: nn.Module) -> list[int]:
     if isinstance(encoder, ConvMAEEncoder):
         return [*encoder.embed_dim, encoder.embed_dim[2]]
     raise unsupported_encoder(encoder)
+
+
+def _as_map(tokens: Float[Tensor, "b n d"], second: Float[Tensor, "b d2 h w"]) -> Float[Tensor, "b d rows columns"]:
+    """Arrange the tokens of ConvMAE's last stage, which has half the rows and columns of the second one's map."""
+    return tokens.transpose(1, 2).unflatten(2, (second.shape[2] // 2, second.shape[3] // 2))
