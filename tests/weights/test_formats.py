@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 import types
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -360,6 +361,19 @@ def test_the_windows_of_a_swin_give_its_size(windows: tuple[int, ...], size: int
     images = torch.randn(1, 3, size, size)
     with torch.no_grad():
         assert torch.equal(load_encoder(path)(images), swin.eval()(images))
+
+
+@pytest.mark.parametrize("mean", [[123.0, 116.0, 103.0], 0.5, "imagenet", [0.5, "x", 1], []])
+def test_the_callers_mean_replaces_an_unusable_one_of_the_file(mean: Any, tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pth", ENCODER, args=Namespace(mean=mean))
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=0), tmp_path / "timm")
+    content = json.loads((tmp_path / "timm" / "config.json").read_text())
+    content["pretrained_cfg"]["mean"] = mean
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(content))
+    for name, hints in ((path, VIT), (tmp_path / "timm", {})):
+        with pytest.raises(UserError, match=r"--mean"):
+            resolve_model(str(name), hints=hints)
+        assert resolve_model(str(name), hints={**hints, "mean": (0.1, 0.2, 0.3)}).config.mean == (0.1, 0.2, 0.3)
 
 
 def test_a_mask_of_another_grid_is_refused_by_name(tiny_run: Make) -> None:

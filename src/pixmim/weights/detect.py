@@ -83,9 +83,9 @@ def read_weights(path: Path, hints: ModelHints | None = None) -> Weights:
     try:
         if METADATA_KEY in file.metadata:
             return with_hints(_read_pixmim(file), hints)
-        settings = read_settings(file)
+        settings = read_settings(file, hints)
         if "architecture" in file.config:
-            weights = with_hints(_read_timm_folder(file), replace(hints, ema=False))
+            weights = with_hints(_read_timm_folder(file, hints), replace(hints, ema=False))
         else:
             hints = merge_hints(hints, settings)
             weights = _read_recognized(file, hints)
@@ -205,7 +205,7 @@ def _read_pixmim(file: RawCheckpoint) -> Weights:
     return Weights(config, tensors, "pixmim", step=step, steps=steps, classes=tuple(classes))
 
 
-def _read_timm_folder(file: RawCheckpoint) -> Weights:
+def _read_timm_folder(file: RawCheckpoint, hints: ModelHints) -> Weights:
     """Read a model in timm's layout: config.json contains the architecture, its keywords and the input's format."""
     content = file.config
     cfg, arguments = content.get("pretrained_cfg", content), content.get("model_args") or {}
@@ -227,8 +227,8 @@ def _read_timm_folder(file: RawCheckpoint) -> Weights:
         model=ArchitectureConfig("timm", content["architecture"], options=options),
         size=f"{h}x{w}",
         channels=channels,
-        mean=numbers(cfg, "mean"),
-        std=numbers(cfg, "std"),
+        mean=numbers(cfg, "mean") if hints.mean is None else None,
+        std=numbers(cfg, "std") if hints.std is None else None,
     )
     return Weights(config, tensors, "timm", ignored, TIMM_ANY)
 

@@ -358,8 +358,8 @@ _SETTINGS: dict[str, tuple[str, tuple[type, ...]]] = {
 """A file's settings: hint and accepted types. MAE's `input_size` is not one of them: its model ignores it."""
 
 
-def read_settings(file: RawCheckpoint) -> dict[str, Any]:
-    """Return a file's `img_size`, `num_heads`, `decoder_heads`, `norm_eps`, `mean`, `std`, `dtype`."""
+def read_settings(file: RawCheckpoint, hints: ModelHints) -> dict[str, Any]:
+    """Return a file's `img_size`, `num_heads`, `decoder_heads`, `norm_eps`, `dtype`, and `mean`, `std` if not given."""
     content = {**file.settings, **file.config}
     settings: dict[str, Any] = {
         hint: content[key] for key, (hint, types) in _SETTINGS.items() if type(content.get(key)) in types
@@ -372,6 +372,8 @@ def read_settings(file: RawCheckpoint) -> dict[str, Any]:
         settings.setdefault("norm_eps", _HF_EPS[model_type])
     preprocessor = file.preprocessor
     for name, neutral in (("mean", 0.0), ("std", 1.0)):
+        if getattr(hints, name) is not None:  # the file's may be of no use
+            continue
         value = numbers(preprocessor, f"image_{name}") or numbers(content, name)
         value = (neutral,) if preprocessor.get("do_normalize") is False else value
         settings |= {} if value is None else {name: value}
@@ -398,7 +400,8 @@ def numbers(settings: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
     if value is None:
         return None
     if not isinstance(value, list | tuple) or not value or any(type(one) not in (int, float) for one in value):
-        raise UserError(f"its setting {name} is {shown(value)}: expected a list of numbers")
+        flag = f"--{name.removeprefix('image_')}"
+        raise UserError(f"its setting {name} is {shown(value)}: expected a list of numbers; {flag} replaces it")
     return tuple(float(one) for one in value)
 
 
