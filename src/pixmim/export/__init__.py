@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pixmim.config import ModelConfig
-from pixmim.evaluation.attentive_probe import AttentiveProbe, load_newest_probe
+from pixmim.evaluation.attentive_probe import load_newest_probe
 from pixmim.export.attentive import write_probe
 from pixmim.export.huggingface import to_hf
 from pixmim.export.model_card import model_card
@@ -135,7 +135,9 @@ def export_model(
     if os.path.lexists(folder):
         raise UserError(f"{folder} already exists: choose another --out")
     encoder, run = build_encoder_with_weights(weights), Path(name).expanduser()
-    probe = _find_probe(run, weights, to) if attentive else None
+    if attentive and to != "timm":
+        raise UserError(f"--attentive needs --to timm, not --to {to}")
+    probe = load_newest_probe(run, weights.step) if attentive else None
     eps, stretch, notes = weights.config.model.options.get("norm_eps"), weights.config.stretch, list[str]()
     if eps is not None and to in ("timm", "mmpretrain", "detectron2"):
         notes.append(f"{to} cannot store the layer norms' epsilon of {eps:g}: its features differ by a few thousandths")
@@ -176,13 +178,6 @@ def _is_read_back(folder: Path, encoder: nn.Module, config: ModelConfig) -> bool
         expected, features = encoder(images), found(images)
     close = expected.shape == features.shape and (features - expected).norm() < 0.02 * expected.norm()
     return close and np.allclose(back.normalization, config.normalization, rtol=1e-4)
-
-
-def _find_probe(run: Path, weights: Weights, to: str) -> tuple[AttentiveProbe, list[str]]:
-    """Return the newest attentive probe of a run, and its classes. Raises UserError if none fits the weights."""
-    if to != "timm":
-        raise UserError(f"--attentive needs --to timm, not --to {to}")
-    return load_newest_probe(run, weights.step)
 
 
 def _push(folder: Path, repository: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 from timm.layers.helpers import to_2tuple
@@ -22,6 +22,7 @@ from pixmim.models.feature_maps import features as features
 from pixmim.models.mae import MAE, DecoderOptions
 from pixmim.models.simmim import SimMIM
 from pixmim.utils.errors import UserError, did_you_mean, first_line, shown
+from pixmim.utils.initialization import Module
 from pixmim.utils.validation import check_name, check_options
 
 
@@ -67,8 +68,6 @@ def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: An
     _check_size(embed.img_size, simmim.stride, backbone)
     return simmim
 
-
-Module = TypeVar("Module", bound=nn.Module)
 
 BUILDERS: dict[str, Callable[..., MaskedModel]] = {
     "mae": _mae,

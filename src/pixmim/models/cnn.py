@@ -18,7 +18,7 @@ from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel
 from pixmim.models.simmim import Head, build_head
 from pixmim.utils.errors import UserError
-from pixmim.utils.patches import patchify
+from pixmim.utils.patches import hidden_pixels, patchify
 
 _AFTER = ("global_pool", "head", "head_drop", "fc", "classifier")
 """Children of timm's networks that come after `forward_features`."""
@@ -63,12 +63,12 @@ class CNNSimMIM(MaskedModel):
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b n d"]:
         self.check_mask(images, mask)
-        (h, w), b = images.shape[-2:], len(images)
-        hidden = mask.hidden.view(b, 1, h // self.patch, w // self.patch)
-        x = torch.where(_resize(hidden, h, w), images.mean(dim=(2, 3), keepdim=True), images)
+        h, w = images.shape[-2:]
+        x = torch.where(hidden_pixels(mask.hidden, self.patch, (h, w)), images.mean(dim=(2, 3), keepdim=True), images)
         for number, name in enumerate(self._names):
             if number == self._last:
-                here = _resize(hidden, *x.shape[-2:])
+                rows, columns = x.shape[-2:]
+                here = hidden_pixels(mask.hidden, self.patch * rows // h, (rows, columns))
                 x = torch.where(here, x * self.mask_scale.to(x.dtype) + self.mask_token.to(x.dtype), x)
             x = self.encoder.get_submodule(name)(x)
         return patchify(F.pixel_shuffle(self.head(x), self.patch), self.patch)
@@ -120,8 +120,3 @@ def _sequence(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield path, stage
     if isinstance(norm := final_norm(encoder), nn.LayerNorm):
         yield "head.norm", norm
-
-
-def _resize(hidden: Tensor, h: int, w: int) -> Tensor:
-    """Repeat the entries of a mask (b 1 rows columns) to h x w positions."""
-    return hidden.repeat_interleave(h // hidden.shape[2], 2).repeat_interleave(w // hidden.shape[3], 3)

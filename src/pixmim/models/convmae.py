@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
+from timm.layers.norm import LayerNorm2d
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel
 from pixmim.models.mae import Decoder, DecoderOptions
 from pixmim.models.vit import gather, init_like_mae
-from pixmim.utils.patches import interpolate_positions, proportional_grid, sincos_positions
+from pixmim.utils.patches import hidden_pixels, interpolate_positions, proportional_grid, sincos_positions
 
 PATCH = 16
 """Stride of the last stage, in pixels."""
@@ -29,11 +31,8 @@ SIZES: dict[str, dict[str, Any]] = {
 """The published encoder, and a small one of pixmim."""
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a map (b c h w)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+ChannelNorm: Any = partial(LayerNorm2d, eps=1e-5)
+"""LayerNorm over the channels of a map (b c h w)."""
 
 
 class StageEmbed(nn.Module):
@@ -42,22 +41,10 @@ class StageEmbed(nn.Module):
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, stride, stride)
-        self.norm = ChannelNorm(width, eps=1e-5)
+        self.norm = ChannelNorm(width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         return nn.functional.gelu(self.norm(self.proj(x)))
-
-
-class ConvMlp(nn.Module):
-    """MLP over channels, as 1x1 convolutions."""
-
-    def __init__(self, width: int, ratio: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(width, int(width * ratio), 1)
-        self.fc2 = nn.Conv2d(int(width * ratio), width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
 class ConvBlock(nn.Module):
@@ -65,10 +52,10 @@ class ConvBlock(nn.Module):
 
     def __init__(self, width: int, ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm1, self.norm2 = ChannelNorm(width, eps=1e-5), ChannelNorm(width, eps=1e-5)
+        self.norm1, self.norm2 = ChannelNorm(width), ChannelNorm(width)
         self.conv1, self.conv2 = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
         self.attn = nn.Conv2d(width, width, 5, padding=2, groups=width)
-        self.mlp = ConvMlp(width, ratio)
+        self.mlp = Mlp(width, int(width * ratio), use_conv=True)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b d h w"], visible: Float[Tensor, "b 1 h w"] | None) -> Tensor:
@@ -132,8 +119,10 @@ class ConvMAEEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor, Float[Tensor, "b n d"]]:
         """Return the maps of the first two stages, masked where hidden, and all input tokens of the third."""
         grid = proportional_grid(images, PATCH, self.grid)
-        visible = None if hidden is None else (~hidden).view(-1, 1, *grid).to(images.dtype)
-        visible1, visible2 = _upsample(visible, 4), _upsample(visible, 2)
+        visible1, visible2 = (
+            None if hidden is None else hidden_pixels(~hidden, n, (n * grid[0], n * grid[1])).to(images.dtype)
+            for n in (4, 2)
+        )
         first = self.patch_embed1(images)
         for block in self.blocks1:
             first = block(first, visible1)
@@ -183,7 +172,3 @@ class ConvMAE(MaskedModel):
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
         self.check_mask(images, mask)
         return self.decoder(self.encode(images, mask), mask)
-
-
-def _upsample(visible: Tensor | None, factor: int) -> Tensor | None:
-    return None if visible is None else visible.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)

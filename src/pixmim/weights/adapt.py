@@ -54,7 +54,7 @@ def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig, fir
             grid_of(c.image_size, patch * (c.model.decoder_stride if name.startswith("decoder.") else 1))
             for c in (weights.config, config)
         )
-        line = f"positions interpolated from {_by(old_grid)} to {_by(grid)} patches"
+        line = f"positions interpolated from {format_shape(old_grid)} to {format_shape(grid)} patches"
         return interpolate_positions(value, old_grid, grid), line if old_grid != grid else ""
     if name.endswith("relative_position_bias_table") and new[-1] == value.shape[-1]:
         old_window, window = _window(name, value, weights.config, patch), _window(name, target, config, patch)
@@ -62,7 +62,7 @@ def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig, fir
             return value, ""
         if old_window is None or window is None:
             raise UserError(f"{name} cannot be interpolated: its table of {len(value)} entries is not a square window")
-        line = f"relative positions interpolated from {_by(old_window)} to {_by(window)} patches"
+        line = f"relative positions interpolated from {format_shape(old_window)} to {format_shape(window)} patches"
         return relative_biases(value, old_window, window), line
     old = value.shape
     if name == first and len(old) == 4 and new != old and (new[0], *new[2:]) == (old[0], *old[2:]):
@@ -89,7 +89,8 @@ def adapt_weights(weights: Weights, state: Tensors, config: ModelConfig) -> dict
     ]
     mismatched = [name for name in state if name in adapted and adapted[name].shape != state[name].shape]
     problems += [
-        f"has {format_shape(adapted[name])} for {original_key(weights, name)}: expected {format_shape(state[name])}"
+        f"has {format_shape(adapted[name].shape)} for {original_key(weights, name)}: "
+        f"expected {format_shape(state[name].shape)}"
         for name in mismatched[:4]
     ]
     if problems:
@@ -103,17 +104,13 @@ def original_key(weights: Weights, name: str) -> str:
     return f"'{key or name}'"
 
 
-def format_shape(tensor: Tensor) -> str:
+def format_shape(shape: tuple[int, ...]) -> str:
     """Return a shape as text: 768x3x16x16."""
-    return "x".join(map(str, tensor.shape)) or "a scalar"
+    return "x".join(map(str, shape)) or "a scalar"
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def _by(grid: Grid) -> str:
-    return f"{grid[0]}x{grid[1]}"
 
 
 def relative_biases(table: Float[Tensor, "n heads"], old: Grid, new: Grid) -> Float[Tensor, "m heads"]:

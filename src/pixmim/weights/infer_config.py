@@ -85,6 +85,12 @@ def infer_config(file: RawCheckpoint, kind: Kind, tensors: Tensors, hints: Model
     Adds assumptions to `hints.assumed`. Raises UserError for ambiguous shapes, or KeyError for a missing tensor.
     """
     backbone, options, size = _ENCODERS[kind](tensors, hints)
+    heads = [
+        tensors[name]
+        for name in ("encoder.head.weight", "encoder.head.fc.weight", "encoder.fc.weight")
+        if name in tensors
+    ]
+    options |= {"num_classes": heads[0].shape[0]} if heads else {}
     if hints.norm_eps not in (None, _EPS[kind]):
         options["norm_eps"] = cast(float, hints.norm_eps)
     if kind in ("swin", "beit", "resnet", "convnext") or "mask_token" in tensors:
@@ -134,7 +140,7 @@ def _vit(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     if name is None or ratio != 4 or heads != HEADS.get(dim):
         name = VITS[192, 12, 16]
         options |= _block_options(patch, dim, depth, heads, ratio)
-    return name, options | _classifier(tensors), size
+    return name, options | _pooling(tensors), size
 
 
 def _beit(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
@@ -163,7 +169,7 @@ def _beit(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     if name is None:
         name = BEITS[768, 12, 16]
         options |= _block_options(patch, dim, depth, heads, _mlp_ratio(tensors, dim))
-    return name, options | _classifier(tensors), size
+    return name, options | _pooling(tensors), size
 
 
 def _swin(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
@@ -186,8 +192,6 @@ def _swin(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
         options |= {} if patch == 4 else {"patch_size": patch}
     ratio = tensors["encoder.layers.0.blocks.0.mlp.fc1.weight"].shape[0] / dim
     options |= {} if ratio == 4 else {"mlp_ratio": ratio}
-    if "encoder.head.fc.weight" in tensors:
-        options["num_classes"] = tensors["encoder.head.fc.weight"].shape[0]
     return name, options, size
 
 
@@ -200,8 +204,6 @@ def _convmae(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     name, options = "convmae_base", Options()
     if (dims, depths) != ([256, 384, 768], [2, 2, 11]):
         name, options = "convmae_tiny", {"embed_dim": dims, "depth": depths, "num_heads": heads}
-    if "encoder.head.weight" in tensors:
-        options["num_classes"] = tensors["encoder.head.weight"].shape[0]
     return name, options, size
 
 
@@ -214,8 +216,6 @@ def _resnet(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
         raise UserError(
             f"it is a ResNet of {depths} blocks, which timm does not have; known: {', '.join(RESNETS.values())}"
         )
-    if "encoder.fc.weight" in tensors:
-        options["num_classes"] = tensors["encoder.fc.weight"].shape[0]
     return name, options, _default_size(hints, 224)
 
 
@@ -229,8 +229,6 @@ def _convnext(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
         name, options = CONVNEXTS[96, (3, 3, 9, 3)], {"depths": list(depths), "dims": dims}
     if tensors["encoder.stages.0.blocks.0.mlp.fc1.weight"].ndim == 4:
         options["conv_mlp"] = True
-    if "encoder.head.fc.weight" in tensors:
-        options["num_classes"] = tensors["encoder.head.fc.weight"].shape[0]
     return name, options, _default_size(hints, 224)
 
 
@@ -289,11 +287,9 @@ def _mlp_ratio(tensors: Tensors, dim: int) -> float:
     return tensors["encoder.blocks.0.mlp.fc1.weight"].shape[0] / dim
 
 
-def _classifier(tensors: Tensors) -> Options:
-    """Return a classifier's keywords: its number of classes, and the pooling that its norms imply."""
-    options: Options = {"global_pool": "avg"} if "encoder.fc_norm.weight" in tensors else {}
-    head = tensors.get("encoder.head.weight")
-    return options if head is None else options | {"num_classes": head.shape[0]}
+def _pooling(tensors: Tensors) -> Options:
+    """Return the pooling that a classifier's norms imply."""
+    return {"global_pool": "avg"} if "encoder.fc_norm.weight" in tensors else {}
 
 
 def to_pair(size: object) -> Size:

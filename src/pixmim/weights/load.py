@@ -28,17 +28,6 @@ from pixmim.weights.infer_config import ModelHints
 from pixmim.weights.published import download_hub, download_timm
 from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS, save_encoder, save_tensors, timm_config
 
-_DECODER = (
-    "decoder.",
-    "fusion.",
-    "head.",
-    "stage1_output_decode.",
-    "stage2_output_decode.",
-    "mask_token",
-    "mask_scale",
-)
-"""Prefixes of tensors outside the encoder."""
-
 _CLASSIFIER = ("head.", "fc.", "classifier.", "fc_norm.", "norm.", "attn_pool.")
 """Prefixes of the encoder's tensors in which classifiers differ from pre-training."""
 
@@ -248,7 +237,7 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
     failure = f"--init {config.init}: the encoder does not match {config.model.backbone}"
     if mismatched:
         name = mismatched[0]
-        shapes = f"has shape {format_shape(encoder[name])}, expected {format_shape(state[name])}"
+        shapes = f"has shape {format_shape(encoder[name].shape)}, expected {format_shape(state[name].shape)}"
         raise UserError(f"{failure}: {original_key(weights, name)} {shapes}")
     build: Callable[[ModelConfig], nn.Module] = build_model if weights.has_decoder else _encoder_only
     heads = _heads(build_on_meta(lambda: build(weights.config), weights.config.model.backbone))
@@ -265,8 +254,8 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
     lines += [f"  kept at their initial values, since the file lacks them: {', '.join(missing)}"] if missing else []
     lines += [f"  not used: {', '.join(unused)}"] if unused else []
 
-    decoder = {name: value for name, value in adapted.items() if name.startswith(_DECODER)}
-    names = {*decoder, *(name for name in state if name.startswith(_DECODER))}
+    decoder = {name: value for name, value in adapted.items() if name not in encoder}
+    names = {*decoder, *(name for name in state if not name.startswith("encoder."))}
     differing = sorted(n for n in names if n not in decoder or n not in state or decoder[n].shape != state[n].shape)
     if differing or other_heads:
         differs = original_key(weights, differing[0]) if differing else f"the heads of {other_heads[0]}"
