@@ -12,6 +12,7 @@ import torchvision
 import pixmim
 from pixmim.config import PretrainConfig
 from pixmim.models.mae import MAE
+from pixmim.weights.formats import HF_VIT
 
 transformers = pytest.importorskip("transformers")
 
@@ -78,35 +79,6 @@ def test_an_encoder_is_distilled_by_lightly_train(
     assert not unexpected and set(missing) <= {"fc.weight", "fc.bias"}
 
 
-def to_pixmim(reference: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Rename Hugging Face's parameters and join q, k and v."""
-    converted: dict[str, torch.Tensor] = {}
-    state = reference.state_dict()
-    rename = {
-        "vit.embeddings.cls_token": "encoder.cls_token",
-        "vit.embeddings.position_embeddings": "encoder.pos_embed",
-        "vit.embeddings.patch_embeddings.projection.": "encoder.patch_embed.proj.",
-        "vit.layers.": "encoder.blocks.",
-        "vit.layernorm.": "encoder.norm.",
-        "decoder.decoder_layers.": "decoder.blocks.",
-        "decoder.decoder_pred.": "decoder.predict.",
-        "decoder.decoder_": "decoder.",
-        "attention.o_proj": "attn.proj",
-        "layernorm_before": "norm1",
-        "layernorm_after": "norm2",
-    }
-    for name, tensor in state.items():
-        new = name
-        for old_part, new_part in rename.items():
-            new = new.replace(old_part, new_part)
-        if ".attention.q_proj." in name:
-            parts = [state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
-            converted[new.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
-        elif "_proj." not in name or "o_proj" in name:
-            converted[new] = tensor
-    return converted
-
-
 def test_mae_equals_huggingfaces_vitmae() -> None:
     """The same weights, images and mask give the same prediction and the same loss in both libraries."""
     reference = transformers.ViTMAEForPreTraining(config()).eval()
@@ -116,7 +88,7 @@ def test_mae_equals_huggingfaces_vitmae() -> None:
         decoder_dim=16, decoder_depth=1, decoder_heads=2,
     ).eval()  # fmt: skip
     assert isinstance(model, MAE)
-    converted = to_pixmim(reference)
+    converted, _ = HF_VIT.to_pixmim(dict(reference.state_dict()))
     torch.testing.assert_close(converted["encoder.pos_embed"], model.encoder.pos_embed.data, atol=1e-6, rtol=0)
     torch.testing.assert_close(converted["decoder.pos_embed"], model.decoder.pos_embed.data, atol=1e-6, rtol=0)
     model.load_state_dict(converted, strict=True)

@@ -1,12 +1,11 @@
 """SimMIM against its published figures, and its loss against the paper's formula on pixels."""
 
 import pytest
-import timm
 import torch
 from torch import Tensor
 
 from pixmim import BlockwiseRandomMask, Mask, Pixels, RandomMask, ReconstructionLoss, create_model
-from pixmim.models import SIMMIM_BEIT, features
+from pixmim.models import features
 from pixmim.models.simmim import SimMIM
 from pixmim.utils.errors import UserError
 from pixmim.utils.patches import hidden_pixels, unpatchify
@@ -120,18 +119,6 @@ def test_initial_weights_of_a_vit_follow_the_paper() -> None:
             assert last.weight.abs().max() <= 0.02 / (2 * number) ** 0.5
             assert last.weight.abs().max() > 0.018 / (2 * number) ** 0.5
     assert model.encoder.pos_embed is None and model.encoder.rel_pos_bias is not None
-
-
-@KINDS
-def test_timm_loads_the_encoder(options: dict[str, object]) -> None:
-    model = make(options)
-    own = {k: v for k, v in options.items() if k != "backbone"}
-    if options is BEIT:
-        own |= SIMMIM_BEIT
-    other = timm.create_model(options["backbone"], num_classes=0, **own)
-    other.load_state_dict(model.encoder.state_dict(), strict=True)
-    images = torch.randn(1, 3, *options["img_size"])
-    assert torch.equal(other.eval().forward_features(images), model.encoder.forward_features(images))
 
 
 @pytest.mark.parametrize("size", [72, 100, (80, 112)])

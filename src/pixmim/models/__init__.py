@@ -1,9 +1,8 @@
 """Model registry: `create_model` builds any model by name, `create_encoder` its encoder alone."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import timm
@@ -25,33 +24,27 @@ from pixmim.utils.errors import UserError, did_you_mean, first_line, shown
 from pixmim.utils.initialization import Module
 from pixmim.utils.validation import check_name, check_options
 
+METHODS = ("mae", "lsmae", "mff", "pixio", "crossmae", "convmae", "simmim")
 
-def _mae(backbone: str, method: str = "mae", **options: Any) -> MAE:
-    decoder, options = _split(options)
-    encoder = vit.check_plain(create_encoder(method, backbone, **options), backbone)
-    return MAE(encoder, decoder, fused=method == "mff", learned_positions=method == "pixio")
-
-
-def _crossmae(backbone: str, **options: Any) -> CrossMAE:
-    """Build CrossMAE (arXiv 2401.14391), by default with 12 decoder blocks."""
-    decoder, options = _split({"decoder_depth": 12, **options})
-    return CrossMAE(vit.check_plain(create_encoder("crossmae", backbone, **options), backbone), decoder)
+_DEPTHS = {"crossmae": 12, "pixio": 32}
+"""Published numbers of decoder blocks other than MAE's 8."""
 
 
-def _pixio(backbone: str, **options: Any) -> MAE:
-    """Build Pixio (arXiv 2512.15715): 8 class tokens, learned positions, and by default 256 px and a deep decoder."""
-    return _mae(backbone, "pixio", **{"decoder_depth": 32, **options})
-
-
-def _lsmae(backbone: str, **options: Any) -> MAE:
-    """Build LSMAE (arXiv 2210.07224): 448 px, and for ViT-B a narrower decoder."""
-    thinner = {"decoder_dim": 384, "decoder_heads": 12} if "base" in backbone else {}
-    return _mae(backbone, **{"img_size": 448, **thinner, **options})
-
-
-def _convmae(backbone: str, **options: Any) -> MaskedModel:
-    decoder, options = _split(options)
-    return convmae.ConvMAE(_convmae_encoder(backbone, **options), decoder)
+def _build(name: str, backbone: str, options: dict[str, Any]) -> MaskedModel:
+    """Build a model, by default with the decoder of its paper."""
+    if name == "simmim":
+        return _simmim(backbone, **options)
+    options = {"decoder_depth": _DEPTHS.get(name, 8), **options}
+    if name == "lsmae" and "base" in backbone:
+        options = {"decoder_dim": 384, "decoder_heads": 12, **options}
+    sizes = {field.name: options.pop(field.name) for field in fields(DecoderOptions) if field.name in options}
+    encoder, decoder = create_encoder(name, backbone, **options), DecoderOptions(**sizes)
+    if isinstance(encoder, convmae.ConvMAEEncoder):
+        return convmae.ConvMAE(encoder, decoder)
+    plain = vit.check_plain(encoder, backbone)
+    if name == "crossmae":
+        return CrossMAE(plain, decoder)
+    return MAE(plain, decoder, fused=name == "mff", learned_positions=name == "pixio")
 
 
 def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: Any) -> MaskedModel:
@@ -68,16 +61,6 @@ def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: An
     _check_size(embed.img_size, simmim.stride, backbone)
     return simmim
 
-
-BUILDERS: dict[str, Callable[..., MaskedModel]] = {
-    "mae": _mae,
-    "lsmae": _lsmae,
-    "mff": partial(_mae, method="mff"),
-    "pixio": _pixio,
-    "crossmae": _crossmae,
-    "convmae": _convmae,
-    "simmim": _simmim,
-}
 
 SIMMIM_BEIT = {
     "global_pool": "token",  # with a final norm over all tokens
@@ -113,10 +96,10 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
         UserError: If the name, backbone or an option is unknown, or a value out of range (`pixmim.utils.validation`).
     """
     backbone = backbone or BACKBONES.get(name, "vit_base_patch16_224")
-    _check(name, BUILDERS, backbone, options)
+    _check(name, METHODS, backbone, options)
     eps = options.pop("norm_eps", None)
     with _option_errors(backbone):
-        return _with_eps(BUILDERS[name](backbone, **options), eps)
+        return _with_eps(_build(name, backbone, options), eps)
 
 
 def create_encoder(name: str, backbone: str, **options: Any) -> nn.Module:
@@ -130,7 +113,7 @@ def create_encoder(name: str, backbone: str, **options: Any) -> nn.Module:
     Raises:
         UserError: As `create_model`.
     """
-    _check(name, (*BUILDERS, "timm"), backbone, options)
+    _check(name, (*METHODS, "timm"), backbone, options)
     eps = options.pop("norm_eps", None)
     with _option_errors(backbone):
         if name == "convmae":
@@ -227,9 +210,3 @@ def _check_size(size: tuple[int, int], patch: int, backbone: str) -> None:
             f"an image of {size[0]}x{size[1]} pixels is not divisible into {patch}x{patch} patches of '{backbone}': "
             f"choose multiples of {patch}"
         )
-
-
-def _split(options: dict[str, Any]) -> tuple[DecoderOptions, dict[str, Any]]:
-    """Separate the decoder's keywords from the backbone's."""
-    own = {field.name: options[field.name] for field in fields(DecoderOptions) if field.name in options}
-    return DecoderOptions(**own), {name: value for name, value in options.items() if name not in own}
