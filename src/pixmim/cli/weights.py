@@ -18,7 +18,7 @@ def import_(
     to: Path | None = None,
     model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
 ) -> int:
-    """Import weights of MAE, LSMAE, ConvMAE, SimMIM, mmselfsup, mmpretrain, timm or Hugging Face.
+    """Import weights of the methods' own code, OpenMMLab, OpenMixup, timm, torchvision or Hugging Face.
 
     Args:
         file: A checkpoint file, a folder that contains one, timm:NAME or hf:NAME. It is read as data.

@@ -189,7 +189,7 @@ def _with_eps(module: Module, eps: float | None) -> Module:
 def _check(name: str, known: Collection[str], backbone: str, options: dict[str, Any]) -> None:
     """Raise UserError unless method, backbone and options may be passed to a constructor."""
     if name not in known:
-        raise UserError(f"there is no model {shown(name)}{did_you_mean(name, known)} Known: {', '.join(known)}")
+        raise UserError(f"there is no model {shown(name)}; known: {', '.join(known)}{did_you_mean(name, known)}")
     check_name(backbone)
     check_options(options)
 
