@@ -363,6 +363,35 @@ def test_the_windows_of_a_swin_give_its_size(windows: tuple[int, ...], size: int
         assert torch.equal(load_encoder(path)(images), swin.eval()(images))
 
 
+def test_a_swin_is_interpolated_to_windows_cut_in_one_direction(tmp_path: Path) -> None:
+    """At 64x96 pixels, the last maps have 2x3 patches, and a window of 4 becomes 2x3."""
+    options = {"embed_dim": 12, "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1), "window_size": 4, "num_classes": 0}
+    source: Any = timm.create_model("swin_tiny_patch4_window7_224", img_size=128, **options)
+    for stage in source.layers:
+        torch.nn.init.normal_(stage.blocks[0].attn.relative_position_bias_table)
+    path = saved(tmp_path / "swin.pth", source.state_dict())
+    oblong: Any = load_encoder(path, img_size=(64, 96))
+    tables, old = ([s.blocks[0].attn.relative_position_bias_table for s in one.layers] for one in (oblong, source))
+    assert oblong.layers[3].blocks[0].window_size == (2, 3)
+    assert torch.equal(tables[3], relative_biases(old[3], (4, 4), (2, 3))) and torch.equal(tables[1], old[1])
+    import_weights(Weights(oblong.pixmim_config, under("encoder.", oblong.state_dict()), "a test"), tmp_path / "oblong")
+    back: Any = load_encoder(tmp_path / "oblong", img_size=(128, 128))
+    table = back.layers[3].blocks[0].attn.relative_position_bias_table
+    assert torch.equal(table, relative_biases(tables[3], (2, 3), (4, 4)))
+
+
+@pytest.mark.parametrize("size", [48, (32, 48)])
+def test_positions_may_leave_out_the_class_token(size: Any, tmp_path: Path) -> None:
+    """As those of FlexiViT, in timm's keyword no_embed_class."""
+    options = {"img_size": size, "num_classes": 0, "depth": 1}
+    source = timm.create_model("flexivit_small", **options)
+    path = saved(tmp_path / "x.pth", source.state_dict())
+    encoder: Any = load_encoder(path, **({} if size == 48 else {"size": "32x48"}))
+    images = torch.randn(1, 3, *encoder.pixmim_config.image_size)
+    with torch.no_grad():
+        assert torch.equal(encoder.forward_features(images), source.eval().forward_features(images))
+
+
 @pytest.mark.parametrize("mean", [[123.0, 116.0, 103.0], 0.5, "imagenet", [0.5, "x", 1], []])
 def test_the_callers_mean_replaces_an_unusable_one_of_the_file(mean: Any, tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pth", ENCODER, args=Namespace(mean=mean))

@@ -61,7 +61,8 @@ def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig, fir
         if old_window == window and new == value.shape:
             return value, ""
         if old_window is None or window is None:
-            raise UserError(f"{name} cannot be interpolated: its table of {len(value)} entries is not a square window")
+            length, size = (len(target), config.size) if old_window else (len(value), weights.config.size)
+            raise UserError(f"{name} cannot be interpolated: {length} entries are of no window at {size} pixels")
         line = f"relative positions interpolated from {format_shape(old_window)} to {format_shape(window)} patches"
         return relative_biases(value, old_window, window), line
     old = value.shape
@@ -71,11 +72,17 @@ def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig, fir
 
 
 def _window(name: str, table: Tensor, config: ModelConfig, patch: int) -> Grid | None:
-    """Return (rows, columns) of the window of a table of relative positions: for a Beit, the image's grid."""
+    """Return (rows, columns) of the window of a table of relative positions: for a Beit, the image's grid.
+
+    A Swin's window is a square, cut to the map of its stage in each direction.
+    """
+    h, w = grid_of(config.image_size, patch)
     if ".layers." not in name:
-        return grid_of(config.image_size, patch)
-    side = (round(table.shape[0] ** 0.5) + 1) // 2
-    return (side, side) if (2 * side - 1) ** 2 == table.shape[0] else None
+        return h, w
+    scale, side = 2 ** int(name.split(".layers.")[1].split(".")[0]), (round(table.shape[0] ** 0.5) + 1) // 2
+    cut = ((min(n, h // scale), min(n, w // scale)) for n in range(1, max(h, w) // scale + 1))
+    windows = (*cut, (side, side))  # timm can also partition a map that is smaller than the window
+    return next((window for window in windows if (2 * window[0] - 1) * (2 * window[1] - 1) == len(table)), None)
 
 
 def adapt_weights(weights: Weights, state: Tensors, config: ModelConfig) -> dict[str, Tensor]:

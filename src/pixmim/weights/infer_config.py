@@ -127,10 +127,12 @@ def _vit(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     prefix = int("encoder.cls_token" in tensors) + registers
     if "encoder.pos_embed" in tensors:
         rows = tensors["encoder.pos_embed"].shape[1]
-        prefix_rows = prefix if not registers or _fits(rows - prefix, patch, hints) else 0
-        size = _size_of_table(rows - prefix_rows, patch, hints)
+        positioned = _fits(rows - prefix, patch, hints) or not _fits(rows, patch, hints)
+        size = _size_of_table(rows - prefix * positioned, patch, hints)
         if registers:
-            options |= {"reg_tokens": registers, "no_embed_class": prefix_rows == 0}
+            options["reg_tokens"] = registers
+        if registers or not positioned:
+            options["no_embed_class"] = not positioned
     else:
         size = _default_size(hints, 224)
         options["pos_embed"] = "none"
@@ -324,10 +326,11 @@ def _size_of_table(rows: int, patch: int, hints: ModelHints, relative: bool = Fa
 
 
 def _fits(rows: int, patch: int, hints: ModelHints) -> bool:
-    """Return True if a table may have a row for each patch: of the known image size, or else of a square."""
-    if hints.img_size is None:
+    """Return True if a table may have a row for each patch: of the known image size, or else of a square or target."""
+    size = hints.img_size or hints.target_size
+    if hints.img_size is None and (size is None or math.isqrt(rows) ** 2 == rows):
         return math.isqrt(rows) ** 2 == rows
-    h, w = to_pair(hints.img_size)
+    h, w = to_pair(size)
     return (h // patch) * (w // patch) == rows
 
 

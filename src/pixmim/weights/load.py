@@ -40,8 +40,8 @@ def load_model(file: str | Path, **options: Any) -> MaskedModel:
     `load_model(file)(images, Mask.from_hidden(hidden))` predicts every patch.
 
     Args:
-        file: A checkpoint file of pixmim, the methods' own code, mmselfsup, mmpretrain, OpenMixup or Hugging Face, or the
-            folder of a run.
+        file: A checkpoint file of pixmim, the methods' own code, mmselfsup, mmpretrain, OpenMixup or Hugging Face, or
+            the folder of a run.
         **options: Facts that the file does not contain: size ("192x384", that its tables were trained at), num_heads,
             decoder_heads, prefix, ema. Any other keyword of `create_model` overrides the file's: with
             another img_size, position tables are interpolated.
