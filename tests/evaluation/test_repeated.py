@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,12 +22,14 @@ from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.data import open_dataset
 from pixmim.data.split import assign_folds, draw_labels
-from pixmim.evaluation.context import EvalContext, extract_block_features, extract_features
+from pixmim.evaluation.attentive_probe import fit_probe
+from pixmim.evaluation.classification import hold_out_rows
+from pixmim.evaluation.context import EvalContext, FeatureSet, extract_block_features, extract_features
 from pixmim.evaluation.evaluate import EVALUATIONS
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.knn import knn
 from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep, standardize
-from pixmim.evaluation.patch_tokens import extract_tokens
+from pixmim.evaluation.patch_tokens import TokenSet, extract_tokens
 from pixmim.evaluation.repeated import _summarize
 from pixmim.evaluation.settings import (
     AttentiveSettings,
@@ -38,6 +41,7 @@ from pixmim.evaluation.settings import (
 )
 from pixmim.report import gain_lines
 from pixmim.report.results import ModelResults, compare
+from pixmim.utils import rng
 from pixmim.utils.errors import UserError
 from pixmim.weights.save import save_encoder
 
@@ -86,6 +90,42 @@ def test_only_ends_of_intervals_are_left_out_of_a_mean() -> None:
     ]
     found = dict(_summarize(runs, "fold"))
     assert found["recall/low"] == 2 and found["recall/high"] == 4 and "top1/low" not in found
+
+
+def test_the_held_out_rows_are_whole_groups() -> None:
+    """Of images without groups, they are the first of a permutation."""
+    held, rest = hold_out_rows(40, None, 0.1, seed=3)
+    assert np.array_equal(np.concatenate([held, rest]), rng.permutation(3, 0, 40)) and len(held) == 4
+    for seed in range(20):
+        groups = np.random.default_rng(seed).integers(0, 12, 60) * 7
+        held, rest = hold_out_rows(60, groups, 0.25, seed)
+        assert sorted([*held, *rest]) == list(range(60)) and 1 <= len(held) <= 15
+        assert not set(groups[held]) & set(groups[rest])
+    large = np.repeat([0, 1, 2], [30, 20, 10])
+    assert {tuple(np.unique(large[hold_out_rows(60, large, 0.1, seed)[0]])) for seed in range(9)} == {(2,)}
+    assert len(hold_out_rows(60, np.zeros(60, np.int64), 0.1, 0)[0]) == 6
+
+
+def test_a_rate_is_not_chosen_on_images_of_known_patients(context: EvalContext, tmp_path: Path) -> None:
+    """Features show the patient, whose class is random: on another image of the same patient, all is known."""
+    draw = np.random.default_rng(0)
+    patients, labels = np.repeat(np.arange(60), 4), np.repeat(draw.integers(0, 2, 60), 4)
+    x = torch.from_numpy(np.eye(60, dtype=np.float32)[patients] + draw.normal(0, 0.01, (240, 60)).astype(np.float32))
+    known = FeatureSet(x[:, None], x, torch.from_numpy(labels), ["a", "b"])
+    tokens = TokenSet(x[:, None].half().numpy(), known.labels, known.classes, (1, 1), np.arange(240))
+    for sets, score in (
+        ((known, tokens), lambda found: found > 0.9),
+        ((replace(known, groups=patients), replace(tokens, groups=patients)), lambda found: found < 0.8),
+    ):
+        assert score(fit_sweep(sets[0], epochs=20).held_out) and score(fit_probe(sets[1], queries=1).held_out)
+    for i in range(8):
+        Image.fromarray(np.full((24, 24, 3), 30 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text("path,label,patient\n" + "".join(f"{i}.png,{i % 2},{i // 4}\n" for i in range(8)))
+    (found,) = context.features(str(tmp_path / "t.csv"))
+    with extract_tokens(context, str(tmp_path / "t.csv")) as (tokens,):
+        for each in (found, tokens):
+            assert each.groups is not None and len(set(each.groups[:4])) == 1
+            assert np.array_equal(each.select(np.array([7, 0])).groups, each.groups[[7, 0]])
 
 
 def test_the_linear_probe_approaches_scikit_learns_optimum() -> None:

@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 import types
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -322,6 +323,11 @@ def test_positions_are_interpolated_to_another_grid_of_the_same_length(tiny_run:
         resolve_model(str(path), hints={**VIT, "size": "64x144"})
     (note,) = resolve_model(str(path), hints=VIT).notes
     assert note.endswith("--size 48x48 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225")
+    with pytest.warns(UserWarning, match="assumed, .*: --size 48x48 --mean 0.485"):
+        load_encoder(path, **VIT)
+    with warnings.catch_warnings(action="error"):
+        told: Any = load_encoder(path, **VIT, size="32x72", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert told.pretrained_cfg["mean"] == (0.1, 0.2, 0.3) and told.pixmim_config.std == (0.4, 0.5, 0.6)
 
     run = tiny_run(size="32x48", model=replace(tiny_run().model, name="simmim", backbone="beit_base_patch16_224"))
     beit: Any = build_encoder(run)

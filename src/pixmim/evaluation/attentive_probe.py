@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.data.dataset import BadImage
-from pixmim.evaluation.classification import class_indices, compare_held_out, is_unequal, majority, rated, tally
+from pixmim.evaluation.classification import (
+    class_indices,
+    compare_held_out,
+    hold_out_rows,
+    is_unequal,
+    majority,
+    rated,
+    tally,
+)
 from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.patch_tokens import TokenSet, check_space, extract_tokens, token_shape
 from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
@@ -144,15 +152,13 @@ def fit_probe(
 ) -> FittedProbe:
     """Choose the learning rate on the share `held_out` of train, and fit a probe to all of train. Raises UserError."""
     _check_count(len(train.labels))
-    order = rng.permutation(seed, 0, len(train.labels))
-    count = max(1, round(held_out * len(order)))
-    test, rest = np.sort(order[:count]), np.sort(order[count:])
+    test, rest = map(np.sort, hold_out_rows(len(train.labels), train.groups, held_out, seed))
     options: Any = {"queries": queries, "epochs": epochs, "seed": seed, "device": device, "console": console}
     probes = fit(train, rest, RATES, **options)
     predictions, labels = torch.stack(predict(probes, train, test)), train.labels[torch.from_numpy(test)]
     scores = compare_held_out(predictions, labels, train.labels, len(train.classes))
     best = scores.index(max(scores))
-    (module,) = fit(train, np.sort(order), (RATES[best],), **options)
+    (module,) = fit(train, np.arange(len(train.labels)), (RATES[best],), **options)
     return FittedProbe(module, RATES[best], scores[best])
 
 

@@ -23,6 +23,7 @@ from pixmim.evaluation.context import EvalContext, FeatureSet, Values, check_fin
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
+from pixmim.utils import rng
 from pixmim.utils.console import label, print_plain
 from pixmim.utils.errors import UserError, did_you_mean
 
@@ -273,6 +274,24 @@ def is_unequal(labels: Int[Tensor, " n"]) -> bool:
     """Return True if the largest class of the labels has twice as many images as the smallest, or more."""
     counts = labels.unique(return_counts=True)[1]
     return bool(counts.max() >= 2 * counts.min())
+
+
+def hold_out_rows(
+    count: int, groups: Int[np.ndarray, " n"] | None, share: float, seed: int
+) -> tuple[Int[np.ndarray, " h"], Int[np.ndarray, " r"]]:
+    """Choose a random share of the rows of a train set, to compare settings on; return them and the others.
+
+    A group is on one side, as it is between train and test data, unless there is only one. Held out are the first
+    groups of a random order that fit, or if none does, the smallest.
+    """
+    order, most = rng.permutation(seed, 0, count), max(1, round(share * count))
+    if groups is None or (groups == groups[0]).all():
+        return order[:most], order[most:]
+    _, first, group_of, sizes = np.unique(groups[order], return_index=True, return_inverse=True, return_counts=True)
+    by_appearance = np.argsort(first)
+    fits = np.cumsum(sizes[by_appearance]) <= most
+    held = np.isin(group_of, by_appearance[fits] if fits.any() else sizes.argmin())
+    return order[held], order[~held]
 
 
 def compare_held_out(

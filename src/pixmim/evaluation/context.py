@@ -49,10 +49,12 @@ class FeatureSet:
     classes: list[str]
     indices: Int[np.ndarray, " n"] | None = None  # dataset index of each image (n); None if unknown
     vector_name: str = "cls"  # of `Features`
+    groups: Int[np.ndarray, " n"] | None = None  # number of each image's group (n), if the dataset has any
 
     def select(self, rows: Int[np.ndarray, " r"]) -> "FeatureSet":
         """Return the features of some rows."""
-        return replace(self, vector=self.vector[rows], mean=self.mean[rows], labels=self.labels[rows], indices=None)
+        groups, labels = None if self.groups is None else self.groups[rows], self.labels[rows]
+        return replace(self, vector=self.vector[rows], mean=self.mean[rows], labels=labels, indices=None, groups=groups)
 
 
 @dataclass
@@ -207,9 +209,11 @@ def extract_block_features(
             read.append(indices)
             name = result.vector_name
     order = np.concatenate(read)
-    labels = all_labels[torch.from_numpy(order)]
-    pairs = zip(vectors, means, strict=True)
-    return [FeatureSet(torch.cat(vector), torch.cat(mean), labels, data.classes, order, name) for vector, mean in pairs]
+    labels, groups = all_labels[torch.from_numpy(order)], None if data.groups is None else data.groups[order]
+    return [
+        FeatureSet(torch.cat(vector), torch.cat(mean), labels, data.classes, order, name, groups)
+        for vector, mean in zip(vectors, means, strict=True)
+    ]
 
 
 def bad_image_log(data: ImageDataset, path: Path | None = None) -> BadImageLog:

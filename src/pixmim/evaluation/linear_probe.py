@@ -13,7 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.evaluation.classification import compare_held_out, is_unequal, majority, rated, same_classes, tally
+from pixmim.evaluation.classification import (
+    compare_held_out,
+    hold_out_rows,
+    is_unequal,
+    majority,
+    rated,
+    same_classes,
+    tally,
+)
 from pixmim.evaluation.context import BLOCKS, EvalContext, FeatureSet, Values
 from pixmim.evaluation.linear_probe_mae import check_linear_mae, evaluate_linear_mae
 from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
@@ -105,11 +113,10 @@ def evaluate_probe(probe: Probe, test: FeatureSet, labels: Int[Tensor, " n"]) ->
 def fit_sweep(train: FeatureSet, *, epochs: int = 100, batch: int = 256, held_out: float = 0.1, seed: int = 0) -> Probe:
     """Fit all members of the sweep, choose the best on the share `held_out` of train, and refit it on all of train.
 
-    The best is that of `compare_held_out`: by balanced accuracy if the classes are unequal.
+    The held-out part is that of `hold_out_rows`. The best is that of `compare_held_out`: by balanced accuracy if the
+    classes are unequal.
     """
-    order = torch.from_numpy(rng.permutation(seed, 0, len(train.labels)))
-    count = max(1, round(held_out * len(order)))
-    test, rest = order.split([count, len(order) - count])
+    test, rest = map(torch.from_numpy, hold_out_rows(len(train.labels), train.groups, held_out, seed))
     classes = len(train.classes)
     best, chosen = -1.0, ProbeConfig(1, False, RATES[0])
     for blocks in sorted({1, min(BLOCKS, train.vector.shape[1])}):

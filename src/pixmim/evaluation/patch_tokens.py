@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import TemporaryFile
 
 import numpy as np
@@ -31,6 +31,7 @@ class TokenSet:
     classes: list[str]
     grid: tuple[int, int]  # rows and columns of the patches of an image, n in all
     indices: Int[np.ndarray, " i"]  # dataset index of each image (i)
+    groups: Int[np.ndarray, " i"] | None = None  # number of each image's group (i), if the dataset has any
     rows: Int[np.ndarray, " i"] | None = None  # row of `tokens` for each image (i); None if they are in the same order
 
     def batch(
@@ -43,7 +44,8 @@ class TokenSet:
     def select(self, rows: Int[np.ndarray, " r"]) -> "TokenSet":
         """Return the tokens of some rows, which stay in the file."""
         inner = rows if self.rows is None else self.rows[rows]
-        return TokenSet(self.tokens, self.labels[rows], self.classes, self.grid, self.indices[rows], inner)
+        groups = None if self.groups is None else self.groups[rows]
+        return replace(self, labels=self.labels[rows], indices=self.indices[rows], groups=groups, rows=inner)
 
 
 def check_space(context: EvalContext, images: int, blocks: int = 1) -> None:
@@ -99,6 +101,6 @@ def extract_tokens(
         file.flush()
         order = np.concatenate(indices)
         labels = torch.from_numpy(np.asarray(data.labels)[order])
-        count = len(blocks or [-1])
+        groups, count = None if data.groups is None else data.groups[order], len(blocks or [-1])
         mapped = np.memmap(file, np.float16, "r", shape=(len(order), count, rows * columns, width))
-        yield [TokenSet(mapped[:, i], labels, data.classes, (rows, columns), order) for i in range(count)]
+        yield [TokenSet(mapped[:, i], labels, data.classes, (rows, columns), order, groups) for i in range(count)]

@@ -156,7 +156,7 @@ KEYWORDS: dict[str, Integer | Real | Choice] = {
     "reg_tokens": Integer(0, 1_024),
     "global_pool": Choice(("", "avg", "avgmax", "max", "token", "map", "prr")),
     "pos_embed": Choice(("", "none", "learn")),
-    **dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"), _RATE),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), _RATE),
     **dict.fromkeys(("attn_drop_rate", "drop_path_rate"), _RATE),
     **dict.fromkeys(("qkv_bias", "qk_norm", "proj_bias", "scale_attn_norm", "scale_mlp_norm"), _FLAG),
     **dict.fromkeys(("class_token", "no_embed_class", "pool_include_prefix", "fix_init"), _FLAG),

@@ -12,7 +12,7 @@ from torch import nn
 
 from pixmim.build import build_encoder, build_model
 from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
-from pixmim.config_io import portable, pretrain_config, to_json
+from pixmim.config_io import defaults_for, portable, pretrain_config, to_json
 from pixmim.models.base import MaskedModel
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.optim import Schedule
@@ -33,6 +33,9 @@ _CLASSIFIER = ("head.", "fc.", "classifier.", "fc_norm.", "norm.", "attn_pool.")
 
 _FINAL_NORM = ("encoder.norm.", "encoder.head.norm.")
 
+_FACTS = ("size", "mean", "std", "prefix", "ema")
+"""Hints that are no keywords of `create_model`."""
+
 
 def load_model(file: str | Path, **options: Any) -> MaskedModel:
     """Load a pre-training model, encoder and decoder, in evaluation mode on the CPU.
@@ -43,8 +46,11 @@ def load_model(file: str | Path, **options: Any) -> MaskedModel:
         file: A checkpoint file of pixmim, the methods' own code, mmselfsup, mmpretrain, OpenMixup or Hugging Face, or
             the folder of a run.
         **options: Facts that the file does not contain: size ("192x384", that its tables were trained at), num_heads,
-            decoder_heads, prefix, ema. Any other keyword of `create_model` overrides the file's: with
+            decoder_heads, mean, std, prefix, ema. Any other keyword of `create_model` overrides the file's: with
             another img_size, position tables are interpolated.
+
+    Warns:
+        UserWarning: For each fact that was assumed, since neither the file nor the caller states it.
 
     Raises:
         UserError: If the file cannot be read, contains only an encoder, or does not match.
@@ -60,6 +66,9 @@ def load_encoder(file: str | Path, **options: Any) -> nn.Module:
         file: As in `load_model`, or timm:NAME, or hf:NAME.
         **options: As in `load_model`.
 
+    Warns:
+        UserWarning: As in `load_model`.
+
     Raises:
         UserError: If the file cannot be read or does not match.
     """
@@ -73,10 +82,10 @@ def _open(file: str | Path, options: dict[str, Any], with_decoder: bool = False)
     hints.pop("img_size", None)
     weights = resolve_model(str(file), with_decoder=with_decoder, hints=hints)
     for note in weights.notes:
-        if note.startswith("warning: "):
+        if note.startswith(("warning: ", "assumed")):
             warnings.warn(note.removeprefix("warning: "), stacklevel=3)
     config = weights.config
-    options = {name: value for name, value in options.items() if name not in ("size", "prefix", "ema")}
+    options = {name: value for name, value in options.items() if name not in _FACTS}
     check_options({name: value for name, value in options.items() if name not in ("name", "backbone")})
     size, channels = options.pop("img_size", config.image_size), options.pop("in_chans", config.channels)
     h, w = (size, size) if isinstance(size, int) else (size[0], size[-1])
@@ -86,8 +95,7 @@ def _open(file: str | Path, options: dict[str, Any], with_decoder: bool = False)
         **{name: value for name, value in options.items() if name in own},
         options={**config.model.options, **{name: value for name, value in options.items() if name not in own}},
     )
-    if channels != config.channels:
-        config = replace(config, mean=None, std=None, bands="")  # those of other channels
+    config = defaults_for(config, {"channels": channels})
     return weights, replace(config, model=model, size=f"{h}x{w}", channels=channels)
 
 
