@@ -140,6 +140,10 @@ def test_the_radius_of_pixmim_is_that_of_the_files_filter(side: int, radius: int
     weights = resolve_model(str(saved(tmp_path / "pixmim.pth", state, "state_dict", meta={})), hints=BOTH)
     assert weights.config.target == TargetConfig("low-frequency", radius=radius, variant="paper-code")
     assert list(weights.ignored_keys) == ["target_generator.low_pass_filter"]
+    for unusable in (kept * 0, kept[0], kept[:0]):
+        saved(tmp_path / "x.pth", state | {"target_generator.low_pass_filter": unusable})
+        with pytest.raises(UserError, match="is no mask of frequencies"):
+            resolve_model(str(tmp_path / "x.pth"), hints=BOTH)
 
 
 def test_simmims_settings_give_the_image_size(tmp_path: Path, foreign: "Foreign") -> None:

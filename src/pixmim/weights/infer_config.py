@@ -410,6 +410,8 @@ def _target(file: RawCheckpoint, model: ArchitectureConfig) -> TargetConfig:
         return TargetConfig("pixels", normalize_patches=False, distance="l1")
     kept = file.tensors.get("target_generator.low_pass_filter")  # 1 in a circle, otherwise 0, for each channel
     if kept is not None:
+        if kept.ndim != 3 or not kept[:1].any():
+            raise UserError(f"its low_pass_filter, of shape {tuple(kept.shape)}, is no mask of frequencies (c h w)")
         y, x = (index - (side - 1) / 2 for index, side in zip(kept[0].nonzero().T, kept.shape[1:], strict=True))
         return TargetConfig("low-frequency", radius=math.ceil(torch.hypot(y, x).max()), variant="paper-code")
     normalize = file.settings.get("norm_pix_loss", file.config.get("norm_pix_loss", True))
