@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-MAX_LINES = 3_565
+MAX_LINES = 3_527
 """The goal is 3,200. Lower this bound when the files of the list shrink; never raise it."""
 
 

@@ -371,7 +371,7 @@ def _name(model: AnyEncoder) -> str:
 
 
 def _path(out: str | os.PathLike[str]) -> Path:
-    """Return a path, in the home folder if it begins with ~, as shells do."""
+    """Return a path, with ~ expanded to the home folder, as by a shell."""
     return Path(os.path.expanduser(out))
 
 

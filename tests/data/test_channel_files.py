@@ -90,7 +90,7 @@ def test_files_are_read_as_one_file_would_be(tmp_path: Path) -> None:
 
 
 def test_all_bits_of_the_files_decide_on_the_dtype(tmp_path: Path) -> None:
-    """Of color too, which Pillow reads with 8 of 16 bits in a run of uint8; and all pages, if they are channels."""
+    """Pillow reads 8 of 16 bits of color in a run of uint8; pages count too, if they are channels."""
     tifffile = pytest.importorskip("tifffile")
     colors = np.random.default_rng(0).integers(0, 65536, (2, 12, 16, 3), np.uint16)
     for channel, color in enumerate(colors):

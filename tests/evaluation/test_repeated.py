@@ -93,7 +93,7 @@ def test_only_ends_of_intervals_are_left_out_of_a_mean() -> None:
 
 
 def test_the_held_out_rows_are_whole_groups() -> None:
-    """Of images without groups, they are the first of a permutation."""
+    """Without groups, they are the first of a permutation."""
     held, rest = hold_out_rows(40, None, 0.1, seed=3)
     assert np.array_equal(np.concatenate([held, rest]), rng.permutation(3, 0, 40)) and len(held) == 4
     for seed in range(20):

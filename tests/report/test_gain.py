@@ -165,7 +165,7 @@ def by_labels(encoder: str, **values: float) -> dict[str, Any]:
 
 
 def test_only_a_models_own_initial_weights_are_its_start() -> None:
-    """Two models share theirs, and those of the third were not measured; a folder may be called untrained."""
+    """Two models share initial weights, and those of the third were not measured; a folder may be called untrained."""
     shared = by_labels("untrained", all=20.0)
     models = [
         ModelResults("one", [shared, by_labels("trained", all=40.0)]),

@@ -109,7 +109,7 @@ def _read_masks(path: Path, problems: "Problems") -> Iterator[ImageObject]:
     if not files:
         raise UserError(
             f"{path} contains neither VOC .xml files, YOLO labels nor masks, which are PNG, TIFF, BMP, GIF or PGM: "
-            "JPEG changes values near the edges"
+            "JPEG changes values at the edges"
         )
     budget, covered, pixels = (free_memory() or 2**62) // 2, 0, 0
     for file, image in files:

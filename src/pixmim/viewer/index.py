@@ -29,7 +29,7 @@ class Job:
 
     @property
     def error(self) -> str:
-        """Why it failed, if it did."""
+        """Reason for a failure, if it failed."""
         return "" if self.state in ("", "working", "ready") else self.state
 
     def start_work(self, work: Callable[[], object]) -> None:

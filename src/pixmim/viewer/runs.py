@@ -136,7 +136,7 @@ class Models:
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs, self._lock = list(runs), threading.Lock()
         self.notes = dict.fromkeys(range(len(runs)), "")
-        """What is to be known of the weights of each run that were loaded last, such as a damaged checkpoint."""
+        """Note about the weights of each run that were loaded last, such as a damaged checkpoint."""
         self._load = lru_cache(maxsize=2 * len(runs))(self._load_uncached)
         self._load_encoder = lru_cache(maxsize=2 * len(runs))(self._load_encoder_uncached)
 

@@ -70,7 +70,7 @@ def test_float32_keeps_measurements_without_a_window() -> None:
 
 
 def test_empty_and_missing_tags_change_nothing() -> None:
-    """As anonymization leaves them: an empty slope is 1, and an empty window is none."""
+    """As anonymization leaves them: an empty slope counts as 1, and an empty window as missing."""
     for tags, expected in (
         ({"RescaleSlope": None, "RescaleIntercept": None}, VALUES),
         ({"RescaleSlope": None, "RescaleIntercept": -1000}, VALUES - 1000.0),

@@ -38,7 +38,7 @@ def parse_no_data(text: object) -> float | None:
 
 @dataclass(frozen=True)
 class NoData:
-    """Mask of the values without data (h w c), as stored or `of_channels`; of height and width 1 if there are none."""
+    """Mask of the values without data (h w c), as stored or `of_channels`; of height and width 1 if all have data."""
 
     missing: npt.NDArray[np.bool_] = field(default_factory=lambda: NOT_MISSING)
     value: float = 0.0
