@@ -1,4 +1,4 @@
-"""One training step of every model against the most natural peer that installs, in float32 and as pixmim would run it.
+"""Time a training step of every model against its nearest peer that installs, in float32 and in the default precision.
 
 python benchmarks/family.py              widths of a ViT-S and a Swin-T at 96 px, batch 16
 python benchmarks/family.py --full       the published base models at their published sizes, batch 4
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 class Hiding(nn.Module):
-    """A peer of SimMIM's, which takes its mask from outside: 60 % of the patches."""
+    """Wrap a peer of SimMIM, which takes a mask: 60 % of the patches."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def swin_peer(size: int, width: int, depths: list[int], heads: list[int], window
 
 
 class Predicting(nn.Module):
-    """A network of convolutions that predicts the pixels of all patches from its last map."""
+    """Predict the pixels of all patches from the last map of a CNN."""
 
     def __init__(self, backbone: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Measure everything that needs a GPU in ten minutes, in order of worth. Each part writes its results to a file.
+"""Measure everything that needs a GPU in ten minutes, most important first. Each part writes its results to a file.
 
 python benchmarks/gpu.py --out runs/gpu                                on a GPU, for at most --minutes 9
 python benchmarks/gpu.py --dry                                         every part at tiny size, on the CPU
@@ -85,7 +85,7 @@ class Part:
 
 
 def ceilings(part: Part) -> None:
-    """One large product, and one large copy: what nothing below can exceed."""
+    """Measure one large product and one large copy: the upper bounds for all that follows."""
     import torch
     from timing import copy_rate, machine, product_rate
 
@@ -139,7 +139,7 @@ class Case(NamedTuple):
 
 
 def cases(dry: bool) -> list[Case]:
-    """Return the steps to time, in order of worth."""
+    """Return the steps to time, most important first."""
     if dry:
         return [
             *(Case("ViT-B", 2, how) for how in ("none", "blocks", "full")),
@@ -172,7 +172,7 @@ DRY: dict[str, dict[str, Any]] = {
 
 
 def step(part: Part) -> None:
-    """Time steps of PixMIM and of others, as they are and compiled."""
+    """Time steps of PixMIM and of peers, eager and compiled."""
     import torch
     from timing import product_rate
 
@@ -189,7 +189,7 @@ def step(part: Part) -> None:
 
 
 def time_case(part: Part, case: Case, size: int, device: Any, peak: float) -> Row:
-    """Time one case. Of the fastest step of PixMIM with ViT-B, also find the costs."""
+    """Time one case. Also profile the fastest step of PixMIM with ViT-B."""
     import torch
     from steps import memory, training_flops
     from timing import interleaved, largest_costs, stated_peak
@@ -240,7 +240,7 @@ def build(case: Case, size: int, device: Any, options: Row, backend: str) -> tup
 
 
 def pretrain(part: Part) -> None:
-    """A real run on cached images: from the loader, and resident on the device, against a step on noise."""
+    """Compare runs on cached images, from the loader and resident on the device, with a step on noise."""
     import torch
     from rich.console import Console
     from steps import Ours
@@ -285,7 +285,7 @@ def pretrain(part: Part) -> None:
 
 
 def knn(part: Part) -> None:
-    """k-NN at ImageNet's size: features of 768 values."""
+    """Time k-NN at ImageNet's size, with features of 768 values."""
     import torch
     from knn import CLASSES, IMAGENET, WIDTH, K
 

@@ -1,8 +1,8 @@
-"""k-NN in blocks, as evaluations do it, against one matrix of all similarities; and what it takes at ImageNet's size.
+"""Compare k-NN in blocks, as in evaluations, with one matrix of all similarities; and time it at ImageNet's size.
 
 python benchmarks/knn.py
 
-The features are random, and 768 values wide: what they say changes neither time nor memory.
+The features are random and have 768 values: their content changes neither time nor memory.
 """
 
 import argparse
@@ -61,14 +61,14 @@ def features(voters: int, asked: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def at_once(voters: Tensor, labels: Tensor, asked: Tensor) -> Tensor:
-    """The formula as it is written: every similarity in one matrix."""
+    """Compute all similarities in one matrix, as the formula is written."""
     found = (F.normalize(asked, dim=1) @ F.normalize(voters, dim=1).T).topk(K, dim=1)
     votes = torch.zeros(len(asked), CLASSES).scatter_add_(1, labels[found.indices], (found.values / TEMPERATURE).exp())
     return votes.argmax(dim=1)
 
 
 def peak() -> float:
-    """The most memory that the process has held so far, in MiB."""
+    """Return the peak resident memory of the process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -1,4 +1,4 @@
-"""A direct implementation of MAE in plain PyTorch and float32: the reference of the benchmark."""
+"""MAE in plain PyTorch and float32: the reference of the benchmarks."""
 
 import torch
 from torch import Tensor, nn

@@ -1,9 +1,8 @@
-"""Training by several processes: what each adds in images is learnt from as by one process; and what it costs to agree.
+"""Compare training by several processes with training by one process on the same images: losses and weights.
 
-python benchmarks/ranks.py              1, 2 and 4 processes on this CPU, over gloo, 16 images each: for correctness
+python benchmarks/ranks.py              1, 2 and 4 processes on this CPU over gloo, 16 images each
 
-The processes share the cores of one machine here, so their speed says nothing about several machines; scaling.py
-reckons that.
+The processes share the cores of one machine, so this does not measure speed; scaling.py computes it.
 """
 
 import argparse
@@ -33,7 +32,7 @@ def main() -> None:
 
 
 def train(out: Path, processes: int, parts: int, *flags: str) -> Path:
-    """Train on `parts` times as many images by so many processes."""
+    """Train on a batch of `parts` x EACH images with several processes; return the folder of the run."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     length = ["--steps", str(STEPS), "--log-every", "1", "--knn.every", "0", "--batch-size", str(EACH * parts)]
     where = ["--out", str(out), "--device", "cpu", "--precision", "fp32", "--threads", "1"]

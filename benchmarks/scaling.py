@@ -1,22 +1,21 @@
-"""Several GPUs, on paper: how long a step of MAE computes, how long it communicates, and what is left of n times one.
+"""Compute how MAE scales to several GPUs: time of computation and communication in a step, and the efficiency.
 
-python benchmarks/scaling.py            nothing is measured; only the models' sizes are made
+python benchmarks/scaling.py            nothing is measured: the models are built without memory, for their sizes
 
-What is assumed, and can be given: the model-FLOPs utilisation of one GPU, its stated peak (H100), and images in a step
-of all together. In NCCL's rings each GPU sends (n - 1) / n of a buffer to gather it, as much to scatter its sum, and
-twice that to sum it everywhere. Rings run over all network adapters of a node side by side, so between nodes of eight
-GPUs the rate is that of all adapters together, but never more than NVLink's. Latency, some microseconds a message, is
-left out.
+Assumptions, all of them flags: the model-FLOPs utilization of one GPU, its stated peak (H100), and the images in a step
+of all GPUs. In NCCL's rings, each GPU sends (n - 1) / n of a buffer to gather it, the same to scatter its sum, and
+twice that for an all-reduce. Rings use all network adapters of a node in parallel, so between nodes of eight GPUs the
+rate is that of all adapters, but at most NVLink's. Latency (some microseconds per message) is ignored.
 
-DDP    sums the float32 gradients of all weights, once a step
+DDP    sums the float32 gradients of all weights once per step
 FSDP2  gathers the bf16 weights for the forward pass and again for the backward pass, and scatters the sum of the
        float32 gradients
 
 moved       bytes that each GPU sends in a step
-hidden      the share of the communication beside which there is something to compute: for DDP the backward pass (two
-            thirds of a step), but for the last bucket of 25 MiB; for FSDP2 all of it, but for the first block's
-            gathering and the last one's scattering
-efficiency  computation over the whole step: what n GPUs reach of n times one
+hidden      share of the communication that overlaps with computation: for DDP the backward pass (two thirds of a step),
+            except for the last bucket of 25 MiB; for FSDP2 all of it, except for gathering the first block and
+            scattering the last one
+efficiency  time of computation over time of a step: throughput of n GPUs over n times that of one
 """
 
 import argparse
@@ -65,20 +64,20 @@ def main() -> None:
 
 
 def sizes(backbone: str) -> tuple[int, int]:
-    """Values of MAE that have a gradient, and blocks that FSDP2 gathers one by one; the decoder's, too."""
+    """Return the number of trained values of MAE, and of blocks that FSDP2 gathers one by one, decoder included."""
     with torch.device("meta"):
         model = pixmim.create_model("mae", backbone)
     return sum(p.numel() for p in model.parameters() if p.requires_grad), len(list(transformer_blocks(model)))
 
 
 def ddp(values: int, gpus: int) -> tuple[float, float]:
-    """Bytes that each GPU sends in a step, and those of them that nothing can cover: the last bucket's."""
+    """Return the bytes that each GPU sends in a step, and those that are exposed: the last bucket."""
     ring = 2 * (gpus - 1) / gpus
     return ring * 4 * values, ring * min(BUCKET, 4 * values)
 
 
 def fsdp2(values: int, count: int, gpus: int) -> tuple[float, float]:
-    """The same for weights in `count` shards: the first one's gathering and the last one's scattering have no cover."""
+    """Return the same for weights in `count` blocks: gathering the first and scattering the last are exposed."""
     ring = (gpus - 1) / gpus
     return ring * (2 * 2 + 4) * values, ring * (2 + 4) * values / count
 

@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def candidates(options: argparse.Namespace, device: torch.device, fast: str) -> dict[str, Row]:
-    """Everybody in float32 and in the precision that pixmim chooses here."""
+    """Return all candidates in float32 and in the precision that pixmim chooses on this device."""
     rows: dict[str, Row] = {}
     others, thin = peers(), decoder(options.backbone)
     for precision in dict.fromkeys(("fp32", fast)):
@@ -109,7 +109,7 @@ def candidates(options: argparse.Namespace, device: torch.device, fast: str) -> 
 
 
 def peers() -> dict[str, Callable[..., nn.Module]]:
-    """Those that are installed, by name, each to be called with size, patch, width, depth, heads and decoder."""
+    """Return constructors of the installed peers, called with size, patch, width, depth, heads and decoder."""
     found: dict[str, Callable[..., nn.Module]] = {"plain MAE": PlainMAE, "transformers": huggingface_mae}
     try:
         from lightly_mae import LightlyMAE
@@ -120,13 +120,13 @@ def peers() -> dict[str, Callable[..., nn.Module]]:
 
 
 def shape(options: argparse.Namespace) -> dict[str, Any]:
-    """The model's own sizes, as options of `create_model`."""
+    """Return the sizes of the model as options of `create_model`."""
     width, depth, heads = decoder(options.backbone)
     return {"patch_size": options.patch, "decoder_dim": width, "decoder_depth": depth, "decoder_heads": heads}
 
 
 def decoder(backbone: str) -> tuple[int, int, int]:
-    """Width, depth and heads: the published decoder, and a thin one for tiny encoders."""
+    """Return width, depth and heads of the published decoder, or of a thin one for tiny encoders."""
     return (128, 4, 4) if "tiny" in backbone else (512, 8, 16)
 
 
@@ -149,7 +149,7 @@ def table(options: argparse.Namespace, rows: dict[str, Row], seconds: dict[str, 
 
 
 def verdict(seconds: dict[str, float], fast: str) -> None:
-    """pixmim's best against the best of the others."""
+    """Print how the best of pixmim compares with the best peer."""
     for ours, precision in dict.fromkeys((("fp32", "fp32"), (fast, fast), (fast, "fp32"))):
         others = {name: time for name, time in seconds.items() if name.endswith(precision) and "pixmim" not in name}
         best = min(others, key=others.__getitem__)
@@ -158,7 +158,7 @@ def verdict(seconds: dict[str, float], fast: str) -> None:
 
 
 def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
-    """The same step on crops out of a cache, as `pretrain` gets them: how much of the rate is left."""
+    """Time the step on crops from a cache, as in `pretrain`, and print the share of the rate without loading."""
     device = images.device
     mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     count = max(512, 4 * options.batch)

@@ -1,4 +1,4 @@
-"""Shared by benchmarks of a training step: steps of pixmim and of others, and the FLOP of a model."""
+"""Build training steps of pixmim and of peers, and count the FLOP of a model: shared by the benchmarks of steps."""
 
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -105,7 +105,7 @@ def compiled(function: Callable[..., Any], model: nn.Module, what: Compile, back
 
 
 def own_mask_generator(method: str, patch: int) -> MaskGenerator:
-    """The mask that a method was published with: units of 32 pixels, in Pixio of 64."""
+    """Return the mask that a method was published with: blocks of 32 pixels, in Pixio of 64."""
     unit = max(1, 32 // patch)
     if method == "simmim":
         return pixmim.BlockwiseRandomMask(0.6, unit, whole_blocks=True)
@@ -138,7 +138,7 @@ def theirs(
 def huggingface_mae(
     size: int, patch: int, width: int, depth: int, heads: int, decoder: tuple[int, int, int]
 ) -> nn.Module:
-    """transformers' ViTMAE with norm_pix; decoder: (width, depth, heads)."""
+    """Build the ViTMAE of transformers with norm_pix_loss; decoder: (width, depth, heads)."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     return ViTMAEForPreTraining(

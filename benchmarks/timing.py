@@ -1,4 +1,4 @@
-"""Fair timing in one process: the candidates take turns, so that a drift of the machine hits all alike."""
+"""Time candidates in one process, interleaved, so that a drift of the machine affects all of them equally."""
 
 import statistics
 import time
@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 import torch
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-"""What `--clock` may name: the processor's time, of all threads, is for a CPU that others use, too."""
+"""Clocks by the name that `--clock` takes: processor time, of all threads, is for a CPU that others use too."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 STATED = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-"""Dense products in bf16, FLOP a second, as the makers state them (of H100 and H200, the SXM form)."""
+"""Peak FLOP/s of dense bf16 products, as stated by the vendor (H100 and H200: SXM)."""
 
 
 def interleaved(
@@ -22,10 +22,10 @@ def interleaved(
     steps: int = 1,
     warm: int = 0,
 ) -> dict[str, float]:
-    """Median seconds of one step of each candidate over `rounds` turns, after one that does not count.
+    """Return the median seconds of one step of each candidate over `rounds` turns, after an untimed one.
 
-    A turn is `warm` steps that do not count either, and then `steps` together: what a step has others do ahead of it
-    must be counted, too.
+    A turn is `warm` untimed steps, and then `steps` that are timed together, so that work which one step does ahead for
+    another is included.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
@@ -43,7 +43,7 @@ def interleaved(
 
 
 def wait() -> None:
-    """Until a GPU, if there is one, has done what it was given."""
+    """Wait until a GPU, if there is one, has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -51,7 +51,7 @@ def wait() -> None:
 def product_rate(
     device: torch.device, precision: str, clock: Callable[[], float] = time.perf_counter, side: int = 0
 ) -> float:
-    """Return FLOP/s of one large matrix product, the best of eight: what a step could reach at most."""
+    """Return FLOP/s of one large matrix product, the best of eight: the upper bound for a step."""
     side = side or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
     return 2 * side**3 / least(lambda: a @ b, 8, clock)
@@ -97,13 +97,13 @@ def largest_costs(run: Callable[[], object], device: torch.device, count: int) -
 
 
 def stated_peak() -> float | None:
-    """FLOP a second in bf16 that the maker of this GPU states; None for another, or for a CPU."""
+    """Return the peak FLOP/s in bf16 that the vendor states for this GPU; None for an unknown GPU or a CPU."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((peak for part, peak in STATED.items() if part in name), None)
 
 
 def machine() -> str:
-    """One line on what computes."""
+    """Describe the device and the version of torch in a line."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     capability = torch.backends.cpu.get_cpu_capability()

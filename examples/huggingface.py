@@ -1,4 +1,4 @@
-"""PixMIM in somebody else's MAE: Hugging Face's ViTMAEForPreTraining, with its own forward pass and its own mask.
+"""PixMIM with Hugging Face's ViTMAEForPreTraining, its forward pass and its mask.
 
     python examples/huggingface.py FOLDER
 
@@ -19,15 +19,15 @@ from pixmim.utils.patches import sincos_positions
 
 
 def train(paths: list[Path], config: ViTMAEConfig, steps: int, batch: int = 8) -> list[float]:
-    """Train for some steps on pictures; gives the loss of each step."""
+    """Train for some steps; return the loss of each."""
     model = ViTMAEForPreTraining(config).train()
     fill_positions(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     crop = pixmim.SimpleResizedCrop(config.image_size)  # 1: keeps the object
     objective = pixmim.ReconstructionLoss(
         pixmim.LowFrequency(radius="auto")
-    )  # 2: the low frequencies, normalised per patch
-    ready = v2.Compose([v2.RGB(), crop, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), NORMALISE])
+    )  # 2: the low frequencies, normalized per patch
+    ready = v2.Compose([v2.RGB(), crop, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), NORMALIZE])
     losses = []
     for step in range(steps):
         some = [paths[(step * batch + i) % len(paths)] for i in range(batch)]
@@ -49,7 +49,7 @@ def fill_positions(model: ViTMAEForPreTraining) -> None:
         table.data[0, 1:] = sincos_positions(table.shape[2], (side, side))
 
 
-NORMALISE = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NORMALIZE = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SMALL = ViTMAEConfig(
     image_size=96,
     hidden_size=192,
@@ -63,6 +63,6 @@ SMALL = ViTMAEConfig(
 
 if __name__ == "__main__":
     kinds = (".jpg", ".jpeg", ".png")
-    pictures = sorted(path for path in Path(sys.argv[1]).expanduser().rglob("*") if path.suffix.lower() in kinds)
-    for number, value in enumerate(train(pictures, SMALL, steps=20), start=1):
+    paths = sorted(path for path in Path(sys.argv[1]).expanduser().rglob("*") if path.suffix.lower() in kinds)
+    for number, value in enumerate(train(paths, SMALL, steps=20), start=1):
         print(f"step {number}: loss {value:.4f}")
