@@ -66,6 +66,23 @@ def test_a_renamed_image_of_voc_is_not_its_own_annotation(tmp_path: Path) -> Non
     assert boxes_of(open_detection(str(tmp_path), "", RGB)) == {"a.jpg": [("dog", [0, 0, 4, 4], False)]}
 
 
+@pytest.mark.parametrize("size", ["", "<size/>", "<size><width>0</width><height>0</height><depth>0</depth></size>"])
+def test_an_unknown_size_of_voc_is_that_of_the_image(size: str, tmp_path: Path) -> None:
+    for name in "abcde":
+        save_voc(tmp_path, name, ("dog", 5, 6, 99, 99, 0))
+    for name in "ab":
+        file = tmp_path / f"Annotations/{name}.xml"
+        start, _, rest = file.read_text().partition("<size>")
+        file.write_text(start + size + rest.partition("</size>")[2])
+    (tmp_path / "JPEGImages/b.jpg").write_bytes(b"damaged")
+    objects, problems = read_objects(str(tmp_path))
+    assert {(each.size, each.box) for each in objects} == {((30, 40), (4, 5, 40, 30))} and len(objects) == 4
+    assert "1 objects are in images that cannot be read: left out" in str(problems)
+    (tmp_path / "Annotations/a.xml").write_text("<annotation><filename>a.jpg</filename></annotation>")
+    with pytest.raises(UserError, match="not a VOC annotation"):
+        read_objects(str(tmp_path))
+
+
 def test_lists_of_voc_choose_images(tmp_path: Path) -> None:
     for name in "abcd":
         save_voc(tmp_path, name, ("dog", 1, 1, 4, 4, 0))

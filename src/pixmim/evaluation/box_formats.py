@@ -1,7 +1,8 @@
 """Read boxes of PASCAL VOC and YOLO as the content of a COCO file, whose checks then apply to them.
 
 VOC    a folder with Annotations/*.xml and JPEGImages/; a list of it, ImageSets/Main/train.txt; or a folder of .xml.
-       Corners count from 1 and are inclusive. Difficult objects become crowds.
+       Corners count from 1 and are inclusive. Difficult objects become crowds. A size that is missing or 0, as some
+       programs write it, is that of the image.
 YOLO   a folder with images/ and labels/*.txt; a folder below images/, as in images/train; a folder of images with a
        .txt next to each; or a data.yaml. Lines are `class cx cy w h`, or `class x y x y x y ...` for a polygon, in
        shares of the image's width and height. Key points after a box, which `kpt_shape` in data.yaml declares, are
@@ -83,9 +84,12 @@ def _read_voc(files: list[Path], folder: Path) -> tuple[Content, Path]:
     for number, file in enumerate(files):
         size, filename, objects = _parse_voc(file)
         name = next((name for name in (filename, by_stem.get(file.stem, "")) if (folder / name).is_file()), filename)
-        images.append({"id": number, "file_name": name, "height": size[0], "width": size[1]})
+        known = size if min(size) > 0 else _size_of(str(folder / name))
+        height, width = known or (1, 1)
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
         for entry in objects:
             names.add(entry["category_id"])
+            entry |= {} if known else {"bbox": None, "unreadable": True}
             annotations.append({"id": f"{len(annotations)} ({file.name})", "image_id": number, **entry})
     categories = [{"id": name, "name": name} for name in sorted(names)]
     return {"images": images, "annotations": annotations, "categories": categories}, folder
@@ -101,7 +105,7 @@ def _parse_voc(file: Path) -> tuple[tuple[float, float], str, list[Content]]:
     try:
         with killable():
             root = ElementTree.fromstring(text)
-        height, width = (float(root.findtext(f"size/{side}", "")) for side in ("height", "width"))
+        height, width = (float(root.findtext(f"size/{side}") or 0) for side in ("height", "width"))
         objects = []
         for each in root.iterfind("object"):
             box = each.find("bndbox")
@@ -111,6 +115,8 @@ def _parse_voc(file: Path) -> tuple[tuple[float, float], str, list[Content]]:
             entry = {"bbox": [left - 1, top - 1, right - left + 1, bottom - top + 1]}
             name, difficult = each.findtext("name", "").strip() or "object", each.findtext("difficult", "0").strip()
             objects.append(entry | {"category_id": name, "iscrowd": int(difficult == "1")})
+        if not objects and root.find("size") is None:
+            raise ValueError("it has neither")
     except (ElementTree.ParseError, ValueError, LookupError, OverflowError, RecursionError) as error:
         raise UserError(f"{file} is not a VOC annotation with a size and boxes: {error}") from error
     return (height, width), os.path.basename(root.findtext("filename", "").replace("\\", "/")) or file.stem, objects
