@@ -176,9 +176,11 @@ def test_the_command_for_published_weights_trains_from_a_file(
 ) -> None:
     """With a file in place of timm:NAME, since tests have no network."""
     monkeypatch.setitem(recipes.RECIPES, "adapt", recipes.RECIPES.get("adapt", recipes.RECIPES["pixmim-vit-tiny"]))
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(4):
-        Image.fromarray(NOISE.integers(0, 256, (96, 96, 3), np.uint8)).save(tmp_path / f"{i}.png")
-    (start,) = (s for s in pixmim.advise(tmp_path, trial=False, device="cpu").suggestions if s.topic == "start")
+        Image.fromarray(NOISE.integers(0, 256, (96, 96, 3), np.uint8)).save(images / f"{i}.png")
+    (start,) = (s for s in pixmim.advise(images, trial=False, device="cpu").suggestions if s.topic == "start")
     words = shlex.split(start.reason.split("`")[1])
     name, file = words[words.index("--init") + 1], tmp_path / "start.safetensors"
     save_file(timm.create_model(name.removeprefix("timm:"), num_classes=0).state_dict(), file)

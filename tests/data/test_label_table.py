@@ -393,7 +393,7 @@ def test_flags_choose_images_in_every_command(
         (["advise", str(pictures), "--no-trial", *flags], "exclude=0*"),
         (["cache", str(pictures), str(tmp_path / "cache"), "--size", "16", *flags], "left out by include"),
         (["evaluate", "knn", "x", "--labelled", "shapes:", *flags], "'shapes:' is neither"),
-        (["evaluate", "detection", "x", "--data", str(pictures), *flags], "choose labeled images"),
+        (["evaluate", "detection", "x", "--data", str(pictures), *flags], "its masks or boxes choose the images"),
         (["embed", "x", "--data", "shapes:", "--out", "x.npy", *flags], ""),
     ):
         say(capsys, *args)[1].index(message)
