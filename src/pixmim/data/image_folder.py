@@ -276,10 +276,11 @@ def from_paths(paths: Sequence[str | Path], form: ImageSpec = RGB) -> ImageFolde
     return ImageFolder(" ".join(map(str, paths)), Path(), PathList(map(os.fsencode, files)), form)
 
 
-def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
+def from_list_file(spec: str | Path, form: ImageSpec = RGB, text: bytes | None = None) -> ImageFolder:
     """Open the images that a text file lists, one path per line, relative to the file's folder.
 
-    The paths must be below that folder, or below FOLDER if the spec is `LIST.txt,root=FOLDER`.
+    The paths must be below that folder, or below FOLDER if the spec is `LIST.txt,root=FOLDER`. `text` is what
+    `read_utf8` returned, if the file has been read.
 
     Raises:
         UserError: If the file cannot be read, lists nothing, or a path is elsewhere.
@@ -287,7 +288,8 @@ def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     name, options = read_options(str(spec), "a .txt list", ("root",))
     root = read_root(options.get("root", [""])[0], str(spec))
     file = Path(os.path.expanduser(name))
-    paths = PathList(line for line in map(bytes.strip, io.BytesIO(read_utf8(file))) if line)
+    text = read_utf8(file) if text is None else text
+    paths = PathList(line for line in map(bytes.strip, io.BytesIO(text)) if line)
     if not paths:
         raise UserError(f"{file} lists no images")
     folders = [file.parent] if root is None else [file.parent, root]

@@ -122,12 +122,13 @@ def open_list(spec: str, form: ImageSpec = RGB) -> ImageFolder:
     """
     name, options = read_options(spec, "a .txt list", ("root",))
     file, root = Path(os.path.expanduser(name)), read_root(options.get("root", [""])[0], spec)
-    separator = _separator(_first_line(read_utf8(file)), file.parent)
+    text = read_utf8(file)
+    separator = _separator(_first_line(text), file.parent)
     if not separator:
-        return from_list_file(spec, form)
+        return from_list_file(spec, form, text)
 
     def rows(indices: Sequence[int]) -> Iterator[list[str]]:
-        for line in map(str.strip, _lines(file, read_utf8(file))):
+        for line in map(str.strip, _lines(file, text)):
             path, _, label = line.rpartition(separator)
             if not path or is_image_name(label):  # a path that contains the separator
                 path, label = line, ""

@@ -186,12 +186,12 @@ def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> tuple[Array, NoData
 def _read_numbers(data: bytes, color: bool) -> Array:
     with open_image(data) as image, library_errors():
         image.load()
-        is_number = image.mode in ("1", "L", "P", *["F"] * color) or image.mode.startswith("I")
-        if not is_number and not color:
+        is_grey = image.mode in ("1", "L") or image.mode.startswith("I") or (color and image.mode == "F")
+        if not color and not is_grey and image.mode != "P":
             raise BadImage(f"an image of mode {image.mode} instead of class numbers: save it as grey or palette PNG")
-        if color and (image.mode == "P" or not is_number):  # programs order the colors of a palette as they like
+        if color and not is_grey:
             brightness = _map_blocks(lambda block: np.asarray(block.convert("RGB")).max(axis=2), image)
-            if not is_number or not brightness.all():
+            if image.mode != "P" or not brightness.all():  # programs order the colors of a palette as they like
                 return brightness
         return _map_blocks(np.asarray, image)
 
