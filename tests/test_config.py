@@ -77,6 +77,29 @@ def test_learning_rate_follows_the_real_batch() -> None:
     assert PretrainConfig(optim=OptimConfig(lr=0.1)).lr == 0.1
 
 
+def test_first_and_last_learning_rate_follow_the_batch_as_simmims() -> None:
+    """Its code scales BASE_LR, WARMUP_LR and MIN_LR, per 512 images, by the batch size."""
+
+    def rates(config: PretrainConfig) -> tuple[float, float, float]:
+        return config.lr, config.optim.warmup_start_lr, config.optim.min_lr
+
+    name = "simmim-swin-base"
+    for batch in (2048, 512, 64):
+        expected = pytest.approx([value * batch / 512 for value in (2e-4, 1e-6, 1e-5)], abs=0)
+        assert list(rates(get_recipe(name, batch_size=batch))) == expected
+        assert list(rates(read_flags([name, "--data", "d", "--batch-size", str(batch)]).config)) == expected
+    assert rates(get_recipe(name, batch_size=64, **{"optim.min_lr": 3e-6}))[2] == 3e-6
+    assert rates(get_recipe(name, batch_size=64, optim={"min_lr": 3e-6}))[1:] == (pytest.approx(1.25e-7), 3e-6)
+    flags = [name, "--data", "d", "--batch-size", "64", "--optim.min-lr", "3e-6"]
+    assert rates(read_flags(flags).config)[2] == 3e-6
+    assert get_recipe(name, batch_size=2048) == get_recipe(name)
+
+
+def test_pixio_does_not_flip_images_and_mae_does() -> None:
+    assert get_recipe("pixio-vit-huge").crop == CropConfig(kind="random-resized", flip=0)
+    assert get_recipe("mae-vit-large").crop == CropConfig(kind="random-resized", flip=0.5)
+
+
 def test_pixmim_is_two_values_of_mae() -> None:
     mae, pixmim = get_recipe("mae-vit-base"), get_recipe("pixmim-vit-base")
     changed = [f.name for f in dataclasses.fields(PretrainConfig) if getattr(mae, f.name) != getattr(pixmim, f.name)]

@@ -156,9 +156,9 @@ class OptimConfig:
     lr_drop_at: Annotated[float, Real(0.2, 1)] = 0.875
     """step: fraction of the run after which the learning rate drops; 7/8 is epoch 700 of 800."""
     warmup_start_lr: Annotated[float, Real(0, 100)] = 0.0
-    """Learning rate at the start of the warm-up."""
+    """Learning rate at the start of the warm-up; a recipe's is scaled with --batch-size, as its base_lr."""
     min_lr: Annotated[float, Real(0, 100)] = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine, scaled likewise."""
     warmup: Annotated[float, Real(0, 1e9)] = 40.0
     """Epochs of warm-up; at most a fifth of the run."""
     warmup_prefix: bool = True

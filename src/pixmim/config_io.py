@@ -136,7 +136,8 @@ def load_config(path: Path) -> tuple[PretrainConfig, str]:
 def defaults_for(config: C, values: Mapping[str, object]) -> C:
     """Return a configuration as the defaults of other values of its fields, as typed on a command line or in Python.
 
-    Mean, std and bands belong to channels, dtype and stretch: other ones reset them. Likewise `epochs` replace `steps`.
+    Mean, std and bands belong to channels, dtype and stretch: other ones reset them. Another batch size scales the
+    first and last learning rates of the schedule, as it does the peak. `epochs` replace `steps`.
 
     Raises:
         UserError: If there are both `epochs` and `steps`.
@@ -144,7 +145,14 @@ def defaults_for(config: C, values: Mapping[str, object]) -> C:
     own = {name: getattr(config, name) for name in ("channels", "dtype", "stretch")}
     if any(str(values.get(name, value)) != str(value) for name, value in own.items()):
         config = replace(config, mean=None, std=None, bands="")
-    if not isinstance(config, PretrainConfig) or not values.get("epochs"):
+    if not isinstance(config, PretrainConfig):
+        return config
+    batch_size = str(values.get("batch_size", ""))
+    if batch_size.isdecimal() and config.optim.lr is None:
+        times, first, last = int(batch_size) / config.batch_size, config.optim.warmup_start_lr, config.optim.min_lr
+        optim = replace(config.optim, warmup_start_lr=first * times, min_lr=last * times)
+        config = replace(config, optim=optim)
+    if not values.get("epochs"):
         return config
     if values.get("steps"):
         raise UserError("epochs and steps both set the length of a run: give one, not both")

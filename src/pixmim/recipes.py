@@ -87,13 +87,14 @@ def crossmae_vit_base() -> PretrainConfig:
 def pixio_vit_huge() -> PretrainConfig:
     """Pixio with ViT-H/16 at 256 px (arXiv 2512.15715), as its code trains on ImageNet-21k: 642,000 steps of 8192.
 
-    Blocks of 4 x 4 patches are hidden, and the decoder is 32 blocks deep. The encoder has 8 class tokens.
+    Blocks of 4 x 4 patches are hidden, and the decoder is 32 blocks deep. The encoder has 8 class tokens. No flips.
     """
     return replace(
         mae_vit("large", 400),
         batch_size=8192,
         size="256",
         model=ArchitectureConfig("pixio", "vit_huge_patch14_224", decoder_depth=32, options={"patch_size": 16}),
+        crop=CropConfig(kind="random-resized", flip=0.0),
         mask=MaskConfig("blocks", ratio=0.75, block_size=64),
         optim=OptimConfig(base_lr=2.5e-5),
         recipe_info=_trained_for(400, 8192, images=1605 * 8192),
@@ -282,7 +283,7 @@ RECIPES: dict[str, RecipeEntry] = {
     "mae-vit-large-1600": RecipeEntry(partial(mae_vit, "large", 1600), "ImageNet-1k: 75.8 linear, 85.9 fine-tuned"),
     "lsmae-base-448": RecipeEntry(lsmae_base_448, _NO_NUMBER),
     "pixmim-lsmae-base-448": RecipeEntry(lambda: with_pixmim(lsmae_base_448()), _NO_NUMBER),
-    # As the papers of MFF, ColorMAE and Pixio (frozen, on ADE20K, of 2 billion images) report; below, of A2MIM
+    # As MFF, ColorMAE and Pixio report (frozen, distilled from a ViT-5B of 2 billion images); below, as A2MIM does
     "mff-vit-base-300": RecipeEntry(partial(mff_vit_base, 300), "ImageNet-1k: 64.2 linear, 83.0 fine-tuned"),
     "mff-vit-base": RecipeEntry(partial(mff_vit_base, 800), "ImageNet-1k: 68.3 linear, 83.7 fine-tuned"),
     "pixmim-mff-vit-base": RecipeEntry(lambda: with_pixmim(mff_vit_base(800)), _NO_NUMBER),
@@ -292,7 +293,7 @@ RECIPES: dict[str, RecipeEntry] = {
     "pixmim-colormae-vit-base": RecipeEntry(lambda: with_pixmim(colormae_vit_base(800)), _NO_NUMBER),
     "crossmae-vit-base": RecipeEntry(crossmae_vit_base, "ImageNet-1k: 83.7 fine-tuned"),
     "pixmim-crossmae-vit-base": RecipeEntry(lambda: with_pixmim(crossmae_vit_base()), _NO_NUMBER),
-    "pixio-vit-huge": RecipeEntry(pixio_vit_huge, "ImageNet-21k: no published number (ADE20K, 2 billion images: 50.2)"),
+    "pixio-vit-huge": RecipeEntry(pixio_vit_huge, "ImageNet-21k: no published number (ADE20K, distilled: 50.2)"),
     "pixmim-pixio-vit-huge": RecipeEntry(lambda: with_pixmim(pixio_vit_huge()), "ImageNet-21k: no published number"),
     "convmae-base": RecipeEntry(convmae_base, "ImageNet-1k: 70.9 linear, 85.0 fine-tuned"),
     "pixmim-convmae-base": RecipeEntry(lambda: with_pixmim(convmae_base()), _NO_NUMBER),
@@ -302,11 +303,9 @@ RECIPES: dict[str, RecipeEntry] = {
     "pixmim-simmim-swin-base-800": RecipeEntry(lambda: with_pixmim(simmim_swin_base_800()), _NO_NUMBER),
     "simmim-swin-large-800": RecipeEntry(simmim_swin_large_800, "ImageNet-1k: 85.4 fine-tuned at 224 px"),
     "pixmim-simmim-swin-large-800": RecipeEntry(lambda: with_pixmim(simmim_swin_large_800()), _NO_NUMBER),
-    "simmim-resnet50": RecipeEntry(partial(simmim_cnn, "resnet50"), "ImageNet-1k: 80.4 fine-tuned, with A2MIM's loss"),
+    "simmim-resnet50": RecipeEntry(partial(simmim_cnn, "resnet50"), "ImageNet-1k: 80.4 fine-tuned (A2MIM)"),
     "pixmim-simmim-resnet50": RecipeEntry(lambda: with_pixmim(simmim_cnn("resnet50")), _NO_NUMBER),
-    "simmim-convnext-base": RecipeEntry(
-        partial(simmim_cnn, "convnext_base"), "ImageNet-1k: 84.1 fine-tuned, with A2MIM's loss"
-    ),
+    "simmim-convnext-base": RecipeEntry(partial(simmim_cnn, "convnext_base"), "ImageNet-1k: 84.1 fine-tuned (A2MIM)"),
     "pixmim-simmim-convnext-base": RecipeEntry(lambda: with_pixmim(simmim_cnn("convnext_base")), _NO_NUMBER),
     "simmim-vit-base": RecipeEntry(simmim_vit_base, "ImageNet-1k: 83.8 fine-tuned"),
     "pixmim-simmim-vit-base": RecipeEntry(lambda: with_pixmim(simmim_vit_base()), _NO_NUMBER),

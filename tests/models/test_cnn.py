@@ -51,6 +51,14 @@ def slow_forward(model: CNNSimMIM, name: str, images: Tensor, mask: Mask) -> Ten
     return torch.stack(predictions).view(len(images), -1, 32 * 32 * 3)
 
 
+def test_head_and_token_begin_as_a2mims() -> None:
+    """Weights normal with a deviation of 0.02, biases zero."""
+    model = create_model("simmim", "resnet10t", img_size=64, head="mlp")
+    for values in (model.mask_token, model.head[0].weight, model.head[2].weight):
+        assert values.std().item() == pytest.approx(0.02, rel=0.15)
+    assert not model.head[0].bias.any() and not model.head[2].bias.any()
+
+
 @pytest.mark.parametrize("name", BEFORE_LAST)
 def test_forward_is_the_slow_form(name: str) -> None:
     model = create_model("simmim", name, img_size=(64, 96)).double().eval()

@@ -27,6 +27,16 @@ def test_base_has_the_official_number_of_parameters() -> None:
     assert sum(p.numel() for p in model.encoder.parameters()) / 1e6 == pytest.approx(84.606, abs=6e-4)
 
 
+def test_only_the_third_patch_embedding_has_xavier_weights() -> None:
+    """As in the official code; the others keep PyTorch's, uniform up to 1 / sqrt(fan-in)."""
+    model = make()
+    fan_in = {"patch_embed1": 3 * 16, "patch_embed2": 8 * 4, "patch_embed3": 16 * 4}
+    limits = {name: number**-0.5 for name, number in fan_in.items()} | {"patch_embed3": (6 / (32 + 64)) ** 0.5}
+    for name, limit in limits.items():
+        largest = getattr(model.encoder, name).proj.weight.abs().max().item()
+        assert 0.95 * limit < largest <= limit, name
+
+
 @pytest.mark.parametrize(("size", "channels"), [((64, 64), 3), ((48, 80), 5)])
 def test_hidden_pixels_change_visible_latents_by_exactly_zero(size: tuple[int, int], channels: int) -> None:
     model = make(img_size=size, in_chans=channels)

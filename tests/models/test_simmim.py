@@ -118,7 +118,16 @@ def test_initial_weights_of_a_vit_follow_the_paper() -> None:
         for last in (block.attn.proj, block.mlp.fc2):
             assert last.weight.abs().max() <= 0.02 / (2 * number) ** 0.5
             assert last.weight.abs().max() > 0.018 / (2 * number) ** 0.5
+    embedding = model.encoder.patch_embed.proj
+    assert 0.0199 < embedding.weight.abs().max() <= 0.02 and not embedding.bias.any()
     assert model.encoder.pos_embed is None and model.encoder.rel_pos_bias is not None
+
+
+@pytest.mark.parametrize(("options", "deviation"), [(SWIN, 0.02), (BEIT, 0.0108)], ids=["swin", "beit"])
+def test_the_first_mask_token_is_cut_at_its_deviation_on_a_vit_only(options: dict, deviation: float) -> None:
+    """A normal distribution that is cut at its deviation of 0.02 has a deviation of 0.0108."""
+    model = make(options | {"embed_dim": 384, "num_heads": (8, 8, 8, 8) if options is SWIN else 8})
+    assert model.mask_token.std().item() == pytest.approx(deviation, rel=0.15)
 
 
 @pytest.mark.parametrize("size", [72, 100, (80, 112)])

@@ -123,10 +123,10 @@ def _load_recipe(name: str, init: str) -> tuple[PretrainConfig, str]:
 
 
 def _values(args: list[str]) -> dict[str, str]:
-    """Return the word after each flag, by its name; of a repeated flag the last one, as tyro does."""
+    """Return the word after each flag, by its field; of a repeated flag the last one, as tyro does."""
     values = {}
     for word, following in zip(args, [*args[1:], ""], strict=False):
         if word.startswith("--"):
             name, equals, value = word.removeprefix("--").partition("=")
-            values[name] = value if equals else following
+            values[name.replace("-", "_")] = value if equals else following
     return values

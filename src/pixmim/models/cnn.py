@@ -34,7 +34,7 @@ class CNNSimMIM(MaskedModel):
 
     Args:
         encoder: A timm network with `feature_info` whose forward pass is a sequence of its modules, such as ResNet,
-            ConvNeXt, RegNet or EfficientNet. Its weights keep timm's initialization.
+            ConvNeXt, RegNet or EfficientNet. Its weights keep timm's initialization; head and token have A2MIM's.
         head: "linear" or "mlp": see `SimMIM`.
         outputs: Numbers per value: 1, or the number of color bins.
 
@@ -59,7 +59,11 @@ class CNNSimMIM(MaskedModel):
         self.mask_token = nn.Parameter(torch.zeros(1, width, 1, 1))
         self.mask_scale = nn.Parameter(torch.full((1, width, 1, 1), 1e-6))
         self.head = build_head(final, self.patch**2 * channels * outputs, head)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        for layer in self.head:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b n d"]:
         self.check_mask(images, mask)

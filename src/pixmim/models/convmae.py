@@ -144,7 +144,7 @@ class ConvMAE(MaskedModel):
     115,041,408 parameters with convmae_base.
 
     Args:
-        encoder: Its weights are initialized as MAE's.
+        encoder: Its weights are initialized as MAE's; convolutions other than the third patch embedding keep PyTorch's.
         decoder: Sizes of the decoder.
     """
 
@@ -156,8 +156,7 @@ class ConvMAE(MaskedModel):
         self.stage1_output_decode = nn.Conv2d(first, width, 4, 4)
         self.stage2_output_decode = nn.Conv2d(second, width, 2, 2)
         init_like_mae(encoder)
-        for embed in (encoder.patch_embed1, encoder.patch_embed2, encoder.patch_embed3):
-            nn.init.xavier_uniform_(embed.proj.weight.data.view(embed.proj.weight.shape[0], -1))
+        nn.init.xavier_uniform_(encoder.patch_embed3.proj.weight.data.flatten(1))
         self.decoder = Decoder(width, 0, encoder.grid, PATCH, encoder.in_chans, decoder)
 
     def encode(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b k d"]:

@@ -4,13 +4,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pixmim.models.vit import init_like_mae
+
 
 class LevelFusion(nn.Module):
     """A weighted sum of the tokens of every second block, for the decoder: MFF (arXiv 2308.00261).
 
-    Blocks 1, 3, ..., 11 of 0 to 11. All but the last go through a linear map; the weights are the softmax of learned
-    numbers, equal at first. The encoder thus need not carry details of the pixels to its last block. It adds 2,952,966
-    parameters to ViT-B, which are left out of the exported encoder.
+    Blocks 0, 2, 4, 6, 8 and 11 of 0 to 11, as in its code. All but the last go through a linear map; the weights are
+    the softmax of learned numbers, equal at first. The encoder thus need not carry details of the pixels to its last
+    block. It adds 2,952,966 parameters to ViT-B, which are left out of the exported encoder.
 
     Args:
         width: Width of the tokens.
@@ -19,8 +21,9 @@ class LevelFusion(nn.Module):
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
-        self.levels = range(1 - depth % 2, depth, 2)
+        self.levels = [*range(0, depth - 2 + depth % 2, 2), depth - 1]
         self.projections = nn.ModuleList(nn.Linear(width, width) for _ in self.levels[:-1])
+        init_like_mae(self.projections)
         self.weights = nn.Parameter(torch.ones(len(self.levels), 1, 1, 1))
 
     def forward(self, blocks: nn.Sequential, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:

@@ -45,9 +45,11 @@ class SimMIM(MaskedModel):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed.proj.out_channels))
         self.head = build_head(width, self.stride**2 * channels * outputs, head)
         freeze_pooling(encoder)
+        limit = 2.0  # that of Swin's own initialization
         if not isinstance(encoder, SwinTransformer):
             init_like_simmim(encoder)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+            limit = 0.02
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-limit, b=limit)
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b n d"]:
         self.check_mask(images, mask)
@@ -80,12 +82,12 @@ def _encode_swin(
 
 @torch.no_grad()
 def init_like_simmim(encoder: Beit | VisionTransformer) -> None:
-    """Initialize a ViT as SimMIM: weights normal with std 0.02, truncated at +-0.02, residual outputs rescaled.
+    """Initialize a ViT as SimMIM: weights normal with std 0.02, truncated at +-0.02, biases zero, residuals rescaled.
 
     The last layer of each residual branch in block i (from 1) is divided by sqrt(2 i), as in BEiT.
     """
     for layer in encoder.modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.02, b=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -92,6 +92,7 @@ FINETUNE_RECIPES: dict[str, Recipe] = {
         base_lr=6.25e-4,  # 5e-3 at this batch
         layer_decay=1.0,
         weight_decay=0.02,
+        clip=1.0,  # which is LAMB's own in its code
         drop_path=0.05,
         erase=0.0,
         mixup=0.1,
