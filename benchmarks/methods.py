@@ -83,7 +83,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "MFF": ("mff-vit-base-300", MAE | {"crop.kind": "random-resized", "crop.interpolation": "bicubic"}),
     "ColorMAE, green noise": ("colormae-vit-base-300", MAE),
     "CrossMAE": ("crossmae-vit-base", MAE),
-    "Pixio": ("pixio-vit-huge", MAE | BLOCKS),
+    "Pixio": ("pixio-vit-huge", MAE | BLOCKS | {"crop.flip": 0.5}),
     "ConvMAE-tiny": ("convmae-base", {"model": {"backbone": "convmae_tiny", **DECODER}}),
     "SimMIM, ViT": ("simmim-vit-base", _simmim("beit_base_patch16_224", **VIT) | {"optim.schedule": "cosine"}),
     "SimMIM, Swin": ("simmim-swin-base", _simmim("swin_tiny_patch4_window7_224", embed_dim=48, window_size=4)),

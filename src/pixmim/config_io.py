@@ -147,16 +147,15 @@ def defaults_for(config: C, values: Mapping[str, object]) -> C:
         config = replace(config, mean=None, std=None, bands="")
     if not isinstance(config, PretrainConfig):
         return config
-    batch_size = str(values.get("batch_size", ""))
-    if batch_size.isdecimal() and config.optim.lr is None:
-        times, first, last = int(batch_size) / config.batch_size, config.optim.warmup_start_lr, config.optim.min_lr
-        optim = replace(config.optim, warmup_start_lr=first * times, min_lr=last * times)
-        config = replace(config, optim=optim)
-    if not values.get("epochs"):
-        return config
-    if values.get("steps"):
-        raise UserError("epochs and steps both set the length of a run: give one, not both")
-    return replace(config, steps=None)
+    batch, optim, steps = str(values.get("batch_size", "")), config.optim, config.steps
+    if batch.isdecimal() and len(batch) < 10 and optim.lr is None:
+        times = int(batch) / config.batch_size
+        optim = replace(optim, warmup_start_lr=optim.warmup_start_lr * times, min_lr=optim.min_lr * times)
+    if values.get("epochs"):
+        if values.get("steps"):
+            raise UserError("epochs and steps both set the length of a run: give one, not both")
+        steps = None
+    return replace(config, optim=optim, steps=steps)
 
 
 def portable(config: C) -> C:

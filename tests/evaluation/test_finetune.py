@@ -357,7 +357,7 @@ def test_published_numbers() -> None:
         "simmim-swin-base-800": (100, 20, 0.8, 0.1, 5),
         "simmim-swin-large": (100, 20, 0.7, 0.2, 5),
         "simmim-vit-base": (100, 20, 0.65, 0.1, 5),
-        "a2mim-resnet": (300, 5, 1, 0.05, 0),
+        "a2mim-resnet": (300, 5, 1, 0.05, 1),
         "a2mim-convnext-tiny": (400, 5, 0.7, 0.1, 0),
         "a2mim-convnext-small": (300, 5, 1, 0.4, 0),
         "a2mim-convnext-base": (300, 5, 1, 0.5, 0),

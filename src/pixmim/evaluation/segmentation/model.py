@@ -29,7 +29,7 @@ class Segmenter(nn.Module):
     """An encoder with a segmentation head: linear, or UPerNet (arXiv 1807.10221) as BEiT and MAE use it.
 
     "linear" is BatchNorm and a 1x1 convolution on the last map, after the encoder's final norm. UPerNet has `width`
-    channels. A frozen encoder is not trained.
+    channels, its auxiliary head half of them, at most 256. A frozen encoder is not trained.
     """
 
     def __init__(
@@ -44,9 +44,8 @@ class Segmenter(nn.Module):
             self.head: nn.Module = nn.Sequential(nn.BatchNorm2d(sizes[-1]), _classifier(sizes[-1], classes))
         else:
             self.neck, self.head = _build_neck(encoder), UPerHead(sizes, classes, width)
-            self.auxiliary = nn.Sequential(
-                _conv(sizes[2], width // 2, 3), nn.Dropout2d(0.1), _classifier(width // 2, classes)
-            )
+            half = min(width // 2, 256)
+            self.auxiliary = nn.Sequential(_conv(sizes[2], half, 3), nn.Dropout2d(0.1), _classifier(half, classes))
         for name, parameter in encoder.named_parameters():
             if frozen or name.startswith(_UNUSED if head == "uper" else _UNUSED[1:]):
                 parameter.requires_grad_(False)
