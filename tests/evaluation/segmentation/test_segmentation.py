@@ -435,18 +435,19 @@ def test_every_encoder_trains_with_both_heads(family: str, head: str, tiny_run: 
     assert prediction.shape == (50, 70) and prediction.max() < 11
 
 
-def test_uper_has_the_published_number_of_parameters() -> None:
-    """Count the parameters of UPerNet on ViT-B by hand from its convolutions and norms."""
+@pytest.mark.parametrize("width", [512, 768])
+def test_uper_has_the_published_number_of_parameters(width: int) -> None:
+    """Count the parameters of UPerNet on ViT-B by hand from its convolutions and norms; MAE's has 768 channels."""
     with torch.device("meta"):
         run = PretrainConfig(model=ArchitectureConfig("mae", "vit_base_patch16_224"), size="512")
-        model = Segmenter(build_encoder(run), "uper", 150)
+        model = Segmenter(build_encoder(run), "uper", 150, width)
 
     def conv(i: int, o: int, k: int) -> int:
         return i * o * k * k + 2 * o
 
     neck = 3 * (768 * 768 * 4 + 768) + 2 * 768
-    head = 4 * conv(768, 512, 1) + conv(768 + 2048, 512, 3) + 3 * conv(768, 512, 1) + 3 * conv(512, 512, 3)
-    head += conv(2048, 512, 3) + 512 * 150 + 150
+    head = 7 * conv(768, width, 1) + conv(768 + 4 * width, width, 3) + 3 * conv(width, width, 3)
+    head += conv(4 * width, width, 3) + width * 150 + 150
     auxiliary = conv(768, 256, 3) + 256 * 150 + 150
     for part, expected in ((model.neck, neck), (model.head, head), (model.auxiliary, auxiliary)):
         assert part is not None and sum(p.numel() for p in part.parameters()) == expected
