@@ -121,6 +121,24 @@ def test_the_verdict_takes_the_best_evidence() -> None:
     assert judge() == ""
 
 
+def test_the_verdict_rests_on_a_value_with_an_interval() -> None:
+    def nearest(encoder: str, top1: float, balanced: float) -> dict[str, Any]:
+        low, high = wilson_ends(top1 / 100, 200)
+        ends = {"k20/mean/top1/low": 100 * low, "k20/mean/top1/high": 100 * high}
+        return result(encoder, None, "knn", **{"k20/mean/top1": top1, **ends, "k20/mean/balanced": balanced})
+
+    text = judge(nearest("trained", 50.5, 25.1), nearest("untrained", 50.0, 25.0))
+    assert "not clear that it learned: k-NN (k = 20), mean of patch tokens 50.5 % (43.6 to 57.4)" in text
+    bare = [result(encoder, None, top1=value) for encoder, value in (("trained", 90.0), ("untrained", 10.0))]
+    assert "It is not clear that it learned: linear probe 90.0 %," in judge(*bare)
+
+
+def test_evidence_of_several_settings_is_evidence() -> None:
+    seeds = [result("trained", 60.0 + seed) | {"settings": {"test": "labeled", "seed": seed}} for seed in (0, 1)]
+    losses = [{"step": step, "epoch": 1.0, "loss": 1 / step} for step in (1, 4)]
+    assert judge(*seeds, metrics=losses).startswith("linear probe, seed 1: 61.0 %")
+
+
 def test_the_verdict_rests_on_the_most_labels() -> None:
     def few_and_all(encoder: str, few: float, everything: float) -> dict[str, Any]:
         low, high = wilson_ends(everything / 100, 200)

@@ -18,9 +18,9 @@ from pixmim.utils.plotting import plot_curves
 COUNT = "knn/images"  # key of the number of test images in metrics.jsonl
 
 _HEADLINES = [
-    re.compile(title) for title in ("attentive probe", "linear probe", r"k-NN \(k = \d+\), mean of .*", "fine-tuned")
+    re.compile(title) for title in ("attentive probe", "linear probe", r"k-NN \(k = \d+\), mean of", "fine-tuned")
 ]
-"""Labels of the values that a verdict may rest on, the best first."""
+"""Beginnings of the labels of the accuracies that a verdict may rest on, the best first."""
 
 _LABELS_OR_BLOCK = re.compile(r"(shots|block)/([a-z0-9]{1,10})/((?:k([0-9]{1,9})/mean/)?(top1|balanced))")
 _MAX_FIGURES, _MAX_TICKS = 24, 100
@@ -86,7 +86,7 @@ def verdict(
     for title in _HEADLINES:
         for row in reversed(comparison.rows):  # the most labels come last
             cell = None if trained is None else row.cells[trained]
-            if cell is not None and title.fullmatch(_title(row)):
+            if cell is not None and row.key.endswith("top1") and title.match(_title(row)):
                 return _judge(row, cell, None if start is None else row.cells[start])
     losses = [line["loss"] for line in metrics if is_number(line.get("loss"))]
     if len(losses) < 2:
@@ -103,7 +103,7 @@ def _title(row: Row) -> str:
 
 
 def _judge(row: Row, cell: Cell, start: Cell | None) -> str:
-    """Say whether a value is better than that of the initial weights: if their bands do not overlap."""
+    """Say whether a value is better than that of the initial weights: if both have a band, and these do not overlap."""
 
     def shown(value: Cell) -> str:
         return value.text + f" ({value.range})" * bool(value.range)
@@ -112,6 +112,8 @@ def _judge(row: Row, cell: Cell, start: Cell | None) -> str:
         return f"{row.label}: {shown(cell)}, on {row.on}. The untrained network was not measured: add --untrained."
     (low, high), (start_low, start_high) = cell.band, start.band
     learned = "It learned" if low > start_high else "It is worse than untrained" if high < start_low else ""
+    if any(value.low is None and value.deviation is None for value in (cell, start)):
+        learned = ""
     return (
         f"{learned or 'It is not clear that it learned'}: {row.label} {shown(cell)}, on {row.on}, and "
         f"{shown(start)} with the initial weights."
