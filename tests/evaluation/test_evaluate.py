@@ -470,6 +470,18 @@ def test_extracting_features_keeps_the_training_mode(tiny_run: Make) -> None:
     assert module.training
 
 
+@pytest.mark.parametrize("name", ["knn", "linear"])
+def test_a_class_token_that_is_not_finite_is_refused(name: str, tiny_run: Make, tmp_path: Path) -> None:
+    """Its mean patch token is finite."""
+    module: Any = build_model(tiny_run()).encoder
+    module.norm.register_forward_hook(lambda _, __, x: x.index_fill(1, torch.tensor([0]), math.inf))
+    context = EvalContext(wrap_live_encoder(tiny_run(), module, torch.device("cpu"), "fp32"), tmp_path)
+    with pytest.raises(UserError, match=r"features of shapes:.* are not finite for 30 of 30 images"):
+        dict(EVALUATIONS[name].run(context, EVALS[name].settings(TRAIN, TEST)))
+    periodic = online_knn(tiny_run(knn=OnlineKnnConfig(TRAIN, TEST, 1.0)))
+    assert periodic is not None and periodic(module) == {}
+
+
 def test_all_runs_what_the_data_allow(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Return several results of one call; synthetic data add shape bias."""
     assert [name for name, _ in EvaluateAllSettings("/a", "/b").parts()] == ["knn", "linear", "attentive", "robustness"]

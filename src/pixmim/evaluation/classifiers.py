@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pixmim.evaluation.classification import check_classes
-from pixmim.evaluation.context import BLOCKS, EvalContext
+from pixmim.evaluation.context import BLOCKS, EvalContext, check_finite
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.evaluation.linear_probe import cached_probe
 from pixmim.models import features
@@ -68,7 +68,7 @@ class ImageClassifier:
     kind: Kind
     # names of its outputs, in order, by which datasets are matched; empty if they are unknown
     classes: list[str]
-    # logits (b c) of images as the evaluation crop returns them
+    # logits (b c) of images as the evaluation crop returns them; raises UserError if they are not finite
     scores: Callable[[Tensor], Float[Tensor, "b c"]]
 
     def predict(self, images: Tensor, outputs: Sequence[int] | None = None) -> Int[Tensor, " b"]:
@@ -110,6 +110,8 @@ def probe_classifier(context: EvalContext, train: str, *, epochs: int, seed: int
 def _scores(encoder: FrozenEncoder, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def scores(images: Tensor) -> Tensor:
         with encoder.evaluating():
-            return function(encoder.preprocess(images))
+            result = function(encoder.preprocess(images))
+        check_finite(result, "scores of the classifier")
+        return result
 
     return scores

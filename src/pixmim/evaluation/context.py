@@ -90,7 +90,8 @@ class EvalContext:
             data = self.data(spec)
             result = extract_block_features(self.encoder, data, blocks, self.skipped(data), console=self.console)
             for each in result:
-                check_finite(each.mean, f"features of {data.spec}")
+                for features in (each.mean, each.vector):
+                    check_finite(features, f"features of {data.spec}")
             return result
 
         return self.cached(("features", spec, blocks), compute)

@@ -173,7 +173,9 @@ def online_knn(
             print_plain(console, f"warning: k-NN is not measured, since its images cannot be read: {error}")
             return {}
         measured = True
-        if not all(bool(torch.isfinite(features.mean).all()) for features in (train, test)):
+        if not all(
+            bool(torch.isfinite(x).all()) for features in (train, test) for x in (features.mean, features.vector)
+        ):
             return {}
         _, warning = usable_k(DEFAULT_K, len(train.labels))
         if warning and warning not in warned:

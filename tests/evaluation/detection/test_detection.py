@@ -269,6 +269,12 @@ def test_lower_precision_leaves_boxes_in_float32(tmp_path: Path) -> None:
     assert values["box/AP"] >= 0
 
 
+def test_maps_that_are_not_finite_are_no_images_without_objects() -> None:
+    model = detector.build_detector(encoder_of("vit"), TINY, 10, False).eval()
+    with pytest.raises(UserError, match="feature maps of the detector are not finite"):
+        detector.detect(model, torch.full((1, 3, 32, 32), torch.nan))
+
+
 def test_perfect_detections_have_an_ap_of_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Detections equal to the targets of the square must match the objects of the image."""
     test = open_detection(TINY.test, "", RGB)

@@ -354,6 +354,25 @@ def test_shape_decisions_against_a_loop() -> None:
     assert all(map(math.isnan, shape_decisions(four, three, three)))
 
 
+def test_scores_that_are_not_finite_are_no_decisions(tiny_run: Make, tmp_path: Path) -> None:
+    class Overflowing(Reds):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).index_fill(1, torch.tensor([9]), math.nan)
+
+    for name in (
+        "cues/cat/cat1-elephant2",
+        "cues/dog/dog1-elephant2",
+        *(f"c/contrast/1/{i}/a" for i in imagenet.wnids()[:2]),
+    ):
+        write(tmp_path / f"{name}.png", 250)
+    context = context_of(tiny_run(), tmp_path, Overflowing())
+    with pytest.raises(UserError, match="scores of the classifier are not finite for 2 of 2 images"):
+        dict(shape_bias.evaluate_shape_bias(context, ShapeBiasSettings(str(tmp_path / "cues"))))
+    settings = RobustnessSettings(str(tmp_path / "c"), corruptions=("contrast",), severities=(1,))
+    with pytest.raises(UserError, match="scores of the classifier are not finite for 2 of 2 images"):
+        dict(robustness.evaluate_robustness(context, settings))
+
+
 def test_categories_take_the_mean_of_probabilities() -> None:
     scores = torch.randn(5, 1000)
     groups = list(imagenet.CATEGORIES.values())

@@ -526,6 +526,14 @@ def test_overlapping_windows_are_averaged(tiny_run: Make) -> None:
     assert torch.equal(segment(model, encoder, image, size), (total / count).argmax(dim=0))
 
 
+def test_scores_that_are_not_finite_are_no_classes(tiny_run: Make) -> None:
+    encoder = encoder_of(tiny_run())
+    model, size = build(encoder, replace(QUICK, head="linear"), 11)
+    model.eval().head[-1].bias.data[3] = torch.nan  # type: ignore[index, operator, union-attr]
+    with pytest.raises(UserError, match="scores of the segmentation are not finite"):
+        segment(model, encoder, torch.zeros(3, 32, 32, dtype=torch.uint8), size)
+
+
 def test_argmax_in_chunks() -> None:
     scores = torch.randn(40, 5, 6)
     expected = F.interpolate(scores[None], size=(11, 9), mode="bilinear")[0].argmax(dim=0)

@@ -14,7 +14,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 
 from pixmim.data.sampler import BatchShard
-from pixmim.evaluation.context import EvalContext
+from pixmim.evaluation.context import EvalContext, check_finite
 from pixmim.evaluation.detection.backbone import build_pyramid
 from pixmim.evaluation.detection.dataset import DetectionDataset
 from pixmim.evaluation.detection.loader import DetectionBatch, DetectionLoader, Target
@@ -92,9 +92,11 @@ def detect(model: FasterRCNN, images: Float[Tensor, "b c h w"]) -> list[dict[str
     """Detect at most 100 objects per normalized image, highest score first.
 
     Returns boxes (k 4) in pixels, labels (k) from 1, scores (k), and for Mask R-CNN masks (k 1 28 28), probabilities
-    inside each box.
+    inside each box. Raises UserError if feature maps are not finite: nothing would be detected.
     """
     maps, image_list = model.backbone(images), _image_list(images)
+    for each in maps.values():
+        check_finite(each, "feature maps of the detector")
     proposals, _ = model.rpn(image_list, maps)
     detections, _ = model.roi_heads(maps, proposals, image_list.image_sizes)
     return list(detections)

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pixmim.evaluation.context import check_finite
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.evaluation.segmentation.dataset import IGNORE
 from pixmim.models import features
@@ -145,7 +146,7 @@ def segment(
     """Predict the class of each pixel of an image of any size, on the encoder's device.
 
     The image is resized to cover `size`, aspect kept. Windows of `size` (h, w) overlap by a third and their scores are
-    averaged, then interpolated to the image's size.
+    averaged, then interpolated to the image's size. Raises UserError if scores are not finite.
     """
     resized = resize_to_cover(image, size, "bilinear").to(encoder.device)
     x = flip_and_normalize(resized[None], None, encoder.mean, encoder.std)
@@ -163,6 +164,7 @@ def segment(
             total[:, top : top + h, left : left + w] += window
             count[top : top + h, left : left + w] += 1
     assert total is not None
+    check_finite(total[None], "scores of the segmentation")
     return argmax_at_size(total / count, (image.shape[-2], image.shape[-1]))
 
 
