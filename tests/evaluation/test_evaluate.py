@@ -33,7 +33,7 @@ from pixmim.evaluation.classification import (
 )
 from pixmim.evaluation.context import EvalContext, FeatureSet, Values, describe_labels, extract_features
 from pixmim.evaluation.evals import EVALS
-from pixmim.evaluation.evaluate import EVALUATIONS, State, evaluate_many, online_knn
+from pixmim.evaluation.evaluate import EVALUATIONS, State, digest_data, evaluate_many, online_knn
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.knn import classify, knn
 from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep, standardize
@@ -350,15 +350,17 @@ def test_the_newest_of_several_results_counts_and_older_ones_say_so() -> None:
 
 def test_labels_are_part_of_what_work_is_resumed_from(pictures: Path, product: Path, tmp_path: Path) -> None:
     rows = [f"{name}/{i}.jpg,{name}" for name in ("cats", "dogs") for i in range(5)]
-    texts, folders = set(), set()
+    texts, folders, digests = set(), set(), set()
     context = EvalContext(load_frozen_encoder(str(product), device="cpu", precision="fp32"), tmp_path)
     for labels in (rows, [row.replace("0.jpg,cats", "0.jpg,dogs") for row in rows]):
         (pictures / "labels.csv").write_text("\n".join(["path,label", *labels]))
         data = open_dataset(f"{pictures}/labels.csv")
         texts.add(describe_labels(data))
         folders.add(context.work_dir("finetune", "", describe_labels(data)))
+        settings = EVALS["knn"].settings(data.spec, data.spec)
+        digests.add(digest_data(replace(context, shared={}), "knn", settings))
         assert context.work_dir("finetune", "", describe_labels(data)) in folders
-    assert len(texts) == len(folders) == 2
+    assert len(texts) == len(folders) == len(digests) == 2
     context.encoder = replace(context.encoder, precision="bf16")
     assert context.work_dir("finetune", "", describe_labels(data)) not in folders
 
@@ -413,6 +415,30 @@ def test_rows_of_other_settings_have_other_labels() -> None:
         "/b, epochs 100, train /c",
     ]
     assert [row.label for row in found.per_class] == ["recall, linear probe: a, epochs 10, train /a", "IoU: sky"]
+
+
+def test_values_on_data_that_changed_do_not_share_a_row() -> None:
+    def rows(*digests: str) -> list[tuple[str, list[float | None]]]:
+        result = {"evaluation": "linear", "encoder": "trained", "settings": {"train": "/a", "test": "/b"}}
+        models = [
+            ModelResults(str(i), [result | {"values": {"top1": float(i)}, "data_digest": digest}])
+            for i, digest in enumerate(digests)
+        ]
+        return [(row.label, [cell and cell.value for cell in row.cells]) for row in compare(models).rows]
+
+    assert rows("1234abcd", "1234abcd", "") == [("linear probe", [0.0, 1.0, 2.0])]  # unknown in older results
+    assert rows("1234abcd", "5678abcd", "", "1234abcd") == [
+        ("linear probe, images 1234abcd", [0.0, None, None, 3.0]),
+        ("linear probe, images 5678abcd", [None, 1.0, None, None]),
+        ("linear probe, images unknown", [None, None, 2.0, None]),
+    ]
+
+
+def test_each_class_has_a_row_under_its_own_name() -> None:
+    values = {"recall/left_hand": 5.0, "recall/left hand": 5.0, "top1": 5.0}
+    result = {"evaluation": "linear", "encoder": "trained", "settings": {"test": "/b"}, "values": values}
+    labels = [row.label for row in compare([ModelResults("run", [result])]).per_class]
+    assert labels == ["recall, linear probe: left_hand", "recall, linear probe: left hand"]
 
 
 @pytest.fixture

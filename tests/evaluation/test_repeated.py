@@ -90,6 +90,9 @@ def test_only_ends_of_intervals_are_left_out_of_a_mean() -> None:
     ]
     found = dict(_summarize(runs, "fold"))
     assert found["recall/low"] == 2 and found["recall/high"] == 4 and "top1/low" not in found
+    del runs[1]["recall/high"]
+    found = dict(_summarize(runs, "fold"))
+    assert found["recall/high"] == 2 and "recall/high/std" not in found  # one value has no deviation
 
 
 def test_the_held_out_rows_are_whole_groups() -> None:

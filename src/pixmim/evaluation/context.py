@@ -90,8 +90,8 @@ class EvalContext:
             data = self.data(spec)
             result = extract_block_features(self.encoder, data, blocks, self.skipped(data), console=self.console)
             for each in result:
-                for features in (each.mean, each.vector):
-                    check_finite(features, f"features of {data.spec}")
+                for values in (each.mean, each.vector):
+                    check_finite(values, f"features of {data.spec}")
             return result
 
         return self.cached(("features", spec, blocks), compute)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.evaluation.attentive_probe import check_attentive, evaluate_attentive
 from pixmim.evaluation.classification import check_labeled
-from pixmim.evaluation.context import EvalContext, Values, extract_features
+from pixmim.evaluation.context import EvalContext, Values, describe_labels, extract_features
 from pixmim.evaluation.detection import check_detection, evaluate_detection
 from pixmim.evaluation.evals import check_name
 from pixmim.evaluation.finetune import check_finetune, evaluate_finetune
@@ -25,6 +26,7 @@ from pixmim.evaluation.repeated import split_table
 from pixmim.evaluation.results import Result, versions
 from pixmim.evaluation.robustness import check_robustness, evaluate_robustness
 from pixmim.evaluation.segmentation import check_segmentation, evaluate_segmentation
+from pixmim.evaluation.settings import DATA_FIELDS
 from pixmim.evaluation.shape_bias import check_shape_bias, evaluate_shape_bias
 from pixmim.training.precision import Precision, choose_device, choose_precision
 from pixmim.utils.console import print_plain
@@ -136,9 +138,26 @@ def measure(context: EvalContext, model: str, evaluations: list[tuple[str, Any]]
             device=str(encoder.device),
             precision=encoder.precision,
             versions=versions(),
+            data_digest=digest_data(context, name, settings),
             pictures=dict(context.images),
             split=split_table(context, settings),
         )
+
+
+def digest_data(context: EvalContext, name: str, settings: Any) -> str:
+    """Return a digest of the images' names and labels, masks or boxes of an evaluation; ImageNet-C's are left out."""
+
+    def describe(spec: str) -> str:
+        return context.once_for_all(("truth", spec), lambda: describe_labels(context.data(spec)))
+
+    if name == "segmentation":
+        truth = list(check_segmentation(context, settings)[-1])
+    elif name == "detection":
+        truth = [data.truth() for data in check_detection(context, settings)[:2]]
+    else:
+        specs = (getattr(settings, field, "") for field in DATA_FIELDS if field != "imagenet_c")
+        truth = [describe(spec) for spec in specs if spec]
+    return sha256(repr(truth).encode()).hexdigest()[:8]
 
 
 def online_knn(

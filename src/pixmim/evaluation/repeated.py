@@ -106,7 +106,8 @@ def _summarize(runs: Sequence[dict[str, float]], name: str) -> Values:
         values = [run[key] for run in runs if key in run]  # a fold may lack a class
         if not key.startswith("setting/"):
             yield key, mean(values)
-            yield f"{key}/std", stdev(values) if len(values) > 1 else 0.0
+            if len(values) > 1:
+                yield f"{key}/std", stdev(values)
         yield from ((f"{key}/{name}/{i}", run[key]) for i, run in enumerate(runs, 1) if key in run)
 
 

@@ -33,6 +33,7 @@ class Result:
     device: str
     precision: str
     versions: dict[str, str]
+    data_digest: str = ""  # of the images' names with their labels, masks or boxes, which may change in the same place
     # Images by caption. In the JSON, names of PNG files in the same folder by caption.
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     # Path, class, group and part of each image, with a header, if labeled data were split. In the JSON, the name of a

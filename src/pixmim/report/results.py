@@ -39,6 +39,9 @@ class ModelResults:
     results: list[dict[str, Any]]
 
 
+_Measured = tuple[ModelResults, dict[str, Any]]  # a model, and one of its results
+
+
 @dataclass(frozen=True)
 class Cell:
     """A value and the ends of its 95 % interval, or the mean of `each` value with their standard deviation."""
@@ -136,9 +139,11 @@ def _validate(content: Any) -> tuple[dict[str, Any], list[str]]:
     for key, part in parts.items():
         if not isinstance(part, dict):
             raise UserError(f"its {key} are not an object")
-    step = content.get("step")
+    step, digest = content.get("step"), content.get("data_digest")
     step = step if type(step) is int and 0 <= step < _MAX_VALUE else 0
-    result, bad = {"evaluation": name, "encoder": encoder, "step": step, "settings": parts["settings"]}, list[str]()
+    digest = digest if isinstance(digest, str) and re.fullmatch("[0-9a-f]{8}", digest) else ""
+    result: dict[str, Any] = {"evaluation": name, "encoder": encoder, "step": step, "data_digest": digest}
+    result["settings"], bad = parts["settings"], list[str]()
     for key, is_valid in (("values", _is_value), ("pictures", lambda value: isinstance(value, str))):
         result[key] = {name: value for name, value in parts[key].items() if is_valid(value)}
         bad += [f"{key} '{n[:40]}' is {str(v)[:40]!r}" for n, v in parts[key].items() if not is_valid(v)]
@@ -152,7 +157,8 @@ def _is_value(value: Any) -> bool:
 def compare(models: list[ModelResults]) -> Comparison:
     """Build a row for each value that its evaluation displays.
 
-    Values measured with the same settings share a row; rows of different settings have different labels. A baseline of
+    Values measured with the same settings, on the same images and labels, share a row; rows of different ones have
+    different labels. A baseline of
     several evaluations has one row. Rows of one probe are in the order of labels per class, or of blocks. Encoders
     without results have no column, and untrained ones with equal values share one. Of several results with the same
     settings, that of the latest step counts; the step is shown where others are of a later one.
@@ -160,17 +166,34 @@ def compare(models: list[ModelResults]) -> Comparison:
     columns = [(model, state) for model in models for state in ("untrained", "trained")]
     merged: dict[tuple[str, str, bool], list[Row]] = {}
     for name, evaluation in EVALS.items():
-        groups: dict[str, list[tuple[ModelResults, dict[str, Any]]]] = {}
+        groups: dict[str, list[_Measured]] = {}
         for model in models:
             for result in model.results:
                 if result["evaluation"] == name:  # k is part of the names of k-NN's values
                     key = json.dumps({n: v for n, v in result["settings"].items() if n != "k"}, sort_keys=True)
                     groups.setdefault(key, []).append((model, result))
+        groups = dict(_by_data(groups))
         settings = [json.loads(key) for key in sorted(groups)]
         for key, on, suffix in zip(sorted(groups), map(_data, settings), _differences(settings), strict=True):
             for row in _rows(evaluation, groups[key], columns, label(on, _MAX_LABEL), suffix):
                 _merge(row, merged.setdefault((row.label, row.on, row.per_class), []))
     return _drop_columns(columns, _in_order([row for rows in merged.values() for row in rows]))
+
+
+def _by_data(groups: dict[str, list[_Measured]]) -> Iterator[tuple[str, list[_Measured]]]:
+    """Yield groups of results with the same settings; those of several data, which changed meanwhile, one by one.
+
+    A digest of the data is then one of the settings. It is unknown for results of older versions.
+    """
+    for key, group in groups.items():
+        digests = list(dict.fromkeys(result.get("data_digest", "") for _, result in group))
+        if len([digest for digest in digests if digest]) < 2:
+            yield key, group
+            continue
+        for digest in digests:
+            settings = json.loads(key) | {"images": digest or "unknown"}
+            same = [each for each in group if each[1].get("data_digest", "") == digest]
+            yield json.dumps(settings, sort_keys=True), same
 
 
 def _in_order(rows: list[Row]) -> list[Row]:
@@ -190,7 +213,7 @@ def _in_order(rows: list[Row]) -> list[Row]:
 
 def _rows(
     evaluation: Eval,
-    results: list[tuple[ModelResults, dict[str, Any]]],
+    results: list[_Measured],
     columns: list[tuple[ModelResults, str]],
     on: str,
     suffix: str,
@@ -226,7 +249,9 @@ def _rows(
             if match is not None:
                 first, *rest = (*match.groups(), "")
                 words = iter([labels_per_class(first) if key.startswith("shots/") else first, *rest])
-                name = re.sub(r"\*", lambda _, words=words: next(words).replace("_", " "), title)  # type: ignore[misc]
+                name = re.sub(r"\*", lambda _, words=words: next(words), title)  # type: ignore[misc]
+                if pattern not in evaluation.class_names:  # names of corruptions
+                    name = name.replace("_", " ")
                 text = label(name + suffix * (MAJORITY not in title), _MAX_LABEL)
                 cells = [find_cell(values, older, key) for values, older in latest]
                 yield Row(text, on, cells, pattern in evaluation.class_names, key)

@@ -27,8 +27,8 @@ from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 _DRAWN = 6  # test images in the report
 
-Checked = tuple[SegmentationDataset, SegmentationDataset, BadImageLog, BadImageLog, str]
-"""Train and test images, all read once, with the logs of those that cannot be used; and a digest of the train masks."""
+Checked = tuple[SegmentationDataset, SegmentationDataset, BadImageLog, BadImageLog, tuple[str, str]]
+"""Train and test images, all read once, with the logs of those that cannot be used; and digests of their masks."""
 
 
 @checked_once
@@ -40,15 +40,14 @@ def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> 
     build(context.encoder, settings, len(train.classes))
     warn_shared(train.source, test.source, console)
     skipped = [bad_image_log(data, context.folder / SKIPPED_FILE) for data in (train, test)]
-    digest = check_masks(train, skipped[0], "train", console)
-    check_masks(test, skipped[1], "test", console)
-    return train, test, skipped[0], skipped[1], digest
+    digests = check_masks(train, skipped[0], "train", console), check_masks(test, skipped[1], "test", console)
+    return train, test, skipped[0], skipped[1], digests
 
 
 def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) -> Values:
     """Train a head and yield `segmentation_metrics` over the pixels of all test images, and the number of these."""
     encoder, console = context.encoder, context.console
-    train, test, train_skipped, skipped, digest = check_segmentation(context, settings)
+    train, test, train_skipped, skipped, (digest, _) = check_segmentation(context, settings)
     model, size = build(encoder, settings, len(train.classes))
     folder = context.work_dir("segmentation", settings, digest)
     fit(model, encoder, settings, train, size, folder=folder, skipped=train_skipped, console=console)
