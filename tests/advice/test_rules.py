@@ -34,6 +34,7 @@ PHOTOS = Survey(
     formats={"3 x uint8": 64},
     heights=(300, 400, 500),
     widths=(300, 500, 600),
+    short_side=400,
     aspect=0.8,
     elongation=1.25,
     same_orientation=0.7,
@@ -89,9 +90,9 @@ def test_elongated_images_get_a_shape_of_the_same_area(aspect: float, size: str)
 
 
 def test_small_images_are_not_enlarged_and_large_ones_lose_details() -> None:
-    assert rules(heights=(40, 50, 60))["size"].flags == ["--size", "48"]
-    assert rules(heights=(8, 9, 10))["size"].flags == ["--size", "32"]
-    assert "31 times" in rules(heights=(3_000, 3_000, 3_000), widths=(3_000, 3_000, 3_000))["detail"].reason
+    assert rules(short_side=50)["size"].flags == ["--size", "48"]
+    assert rules(short_side=9)["size"].flags == ["--size", "32"]
+    assert "31 times" in rules(short_side=3_000)["detail"].reason
 
 
 def test_channels_that_rgb_would_lose_are_kept() -> None:
@@ -111,6 +112,8 @@ def test_the_share_that_the_low_pass_keeps_is_judged() -> None:
     assert "MAE" in rules(spectrum=spectrum(96, 0.99))["target"].reason
     rough = rules(spectrum=spectrum(48, 0.3))["target"].reason
     assert "--target.kind pixels" in rough and "--target.radius 94 " in rough  # all is kept at radius 47 of 48 pixels
+    small = rules(spectrum=spectrum(48, 0.3), short_side=50)  # trained at 48 pixels
+    assert small["size"].flags == ["--size", "48"] and "--target.radius 47 " in small["target"].reason
     assert "target" not in rules(spectrum=None)
 
 

@@ -112,6 +112,14 @@ def test_splits_and_mixtures_of_deep_images_and_caches_keep_their_format(
     assert not is_cache(open_unconverted(str(tmp_path / "deep")))
 
 
+def test_the_shorter_side_is_that_of_each_image(tmp_path: Path) -> None:
+    """Half of the images are upright, so the median of the heights and of the widths is between both sides."""
+    for i, (h, w) in enumerate([(48, 64), (64, 48)] * 4):
+        save(tmp_path / f"{i}.png", photo(h, w))
+    found = examine(tmp_path)
+    assert found.heights[1] == found.widths[1] == 56 and found.short_side == 48
+
+
 def test_images_without_contrast_have_no_spectrum(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / f"{i}.png", np.full((20, 20, 3), i, np.uint8))

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -70,13 +70,15 @@ def apply_rules(found: Survey, data: str, device: torch.device) -> list[Suggesti
     """Return what follows from a survey, the recipe first; `data` is the --data to train on."""
     name, where = choose_recipe(found.usable, device), "a CPU" if device.type == "cpu" else "a GPU"
     recipe = get_recipe(name)
+    size = _size(found, recipe)
+    side = min(recipe.image_size if size is None else replace(recipe, size=size.flags[1]).image_size)
     suggestions = [
         Suggestion("recipe", [name], f"for {found.usable:,} images on {where}", "guess"),
         _length(found, recipe),
-        _size(found, recipe),
+        size,
         _detail(found, recipe),
         _channels(found),
-        _target(found, recipe),
+        _target(found, side),
         _duplicates(found),
         _start(found, data, device),
     ]
@@ -152,7 +154,9 @@ def _size(found: Survey, recipe: PretrainConfig) -> Suggestion | None:
         )
         return Suggestion("size", ["--size", f"{height}x{width}"], reason, "measured")
     if side < min(recipe.image_size):
-        reason = f"the median image has {found.short_side} pixels, and enlarging it adds no information"
+        reason = (
+            f"the shorter side of the median image has {found.short_side} pixels: to enlarge it adds no information"
+        )
         return Suggestion("size", ["--size", str(side)], reason, "measured")
     return None
 
@@ -178,7 +182,8 @@ def _channels(found: Survey) -> Suggestion | None:
     return Suggestion("channels", spec.flags.split(), "keeps all information of most files", "measured")
 
 
-def _target(found: Survey, recipe: PretrainConfig) -> Suggestion | None:
+def _target(found: Survey, side: int) -> Suggestion | None:
+    """Judge the low-pass; `side` is the shorter side in pixels at which is trained."""
     if found.spectrum is None:
         return None
     size = found.spectrum.size
@@ -189,7 +194,7 @@ def _target(found: Survey, recipe: PretrainConfig) -> Suggestion | None:
     if share > _SMOOTH:
         reason += ", so its target is close to MAE's"
     elif share < _ROUGH:
-        equal = max(1, round(found.spectrum.radius_for(_PHOTO_SHARE) * min(recipe.image_size) / size))
+        equal = max(1, round(found.spectrum.radius_for(_PHOTO_SHARE) * side / size))
         reason += (
             f"; --target.radius {equal} would keep {_PHOTO_SHARE:.0%}, and --target.kind pixels all. If texture "
             "matters, train with one of these too, and compare"

@@ -58,6 +58,7 @@ class Survey:
     formats: dict[str, int]  # number of images by "channels x dtype" of their files, among 64
     heights: tuple[int, int, int]  # 5 %, 50 % and 95 % quantile in pixels
     widths: tuple[int, int, int]
+    short_side: int  # median of the shorter sides in pixels
     aspect: float  # median of height / width
     elongation: float  # median of longer / shorter side
     same_orientation: float  # share of the images that are longer in the direction of the median
@@ -66,11 +67,6 @@ class Survey:
     duplicates: list[list[str]]  # groups of near-duplicates
     spectrum: Spectrum | None  # mean of squares of the training size; None if all are flat
     images_per_s: float  # that this machine reads, decodes and crops with all its threads
-
-    @property
-    def short_side(self) -> int:
-        """The smaller one of the median height and width in pixels."""
-        return min(self.heights[1], self.widths[1])
 
     @property
     def usable(self) -> int:
@@ -172,6 +168,7 @@ def survey(
         formats={f"{channels} x {dtype}": count for (channels, dtype), count in formats.most_common()},
         heights=_quantiles(heights),
         widths=_quantiles(widths),
+        short_side=round(np.median(np.minimum(heights, widths))),
         aspect=aspect,
         elongation=float(np.median(np.maximum(ratio, 1 / ratio))),
         same_orientation=float(np.mean(ratio > 1 if aspect > 1 else ratio < 1)),
