@@ -1,6 +1,7 @@
 """Test object coverage against enumeration, torchvision's crop and simulation; and the readers of annotations."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,7 @@ def test_means_of_images_and_of_objects(tmp_path: Path) -> None:
     means = found.means()
     assert means["CC"]["object"] == pytest.approx(2.5 / 3) and means["CC"]["image"] == pytest.approx((0.75 + 1) / 2)
     assert means["CC"]["masked/image"] == pytest.approx(means["CC"]["image"] / 4)
+    assert replace(found, mask_ratio=0.625).table().columns[3].header == "images, 62.5% masked"
     for mean in means.values():
         assert abs(mean["simulated/object"] - mean["object"]) <= 4 * mean["simulated/error"] + 5e-4
     assert means["RRC (0.67, 1)"]["object"] > means["RRC (0.2, 1)"]["object"]

@@ -21,11 +21,13 @@ from helpers.evaluated import measured
 from helpers.runs import train
 from pixmim.build import build_model
 from pixmim.config import PretrainConfig, TargetConfig
+from pixmim.config_io import load_config
 from pixmim.data import open_dataset
 from pixmim.evaluation.results import save
 from pixmim.evaluation.visualize import hatch
 from pixmim.models.mae import MAE
 from pixmim.report import results_table, write_report
+from pixmim.report.neighbors import draw_neighbors
 from pixmim.report.reconstruct import draw, radial_spectrum, reconstruct
 from pixmim.targets import low_pass
 from pixmim.transforms.crops import CenterCrop
@@ -242,6 +244,14 @@ def test_neighbors_are_added_and_kept_beside_the_run(runs: list[Path], tmp_path:
     cosines = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
     typical = float(re.search(r"two random images have\s+(\d\.\d{4}) \(median\)", html)[1])  # type: ignore[index]
     assert cosines.quantile(0.3) < typical < cosines.quantile(0.7)  # of 20 of them with all
+
+
+def test_two_random_images_are_never_the_same(runs: list[Path]) -> None:
+    config = load_config(runs[0] / "config.json")[0]
+    sheet = draw_neighbors(runs[0], config, open_dataset("shapes:count=3,size=32"))
+    unit = load_file(runs[0] / "index.safetensors")["unit"].double()
+    cosines = [float(unit[i] @ unit[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert sheet.typical == pytest.approx(sorted(cosines)[1], abs=1e-6) and sheet.images == 3
 
 
 def test_neighbors_of_one_image_are_a_warning(tiny_run: Make, tmp_path: Path) -> None:

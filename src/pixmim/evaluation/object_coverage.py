@@ -176,7 +176,7 @@ class Coverage:
 
     def table(self) -> Table:
         """Return the means in per cent as a table for a terminal."""
-        table = Table("object coverage", "images", "objects", f"images, {self.mask_ratio:.0%} masked", box=None)
+        table = Table("object coverage", "images", "objects", f"images, {100 * self.mask_ratio:.4g}% masked", box=None)
         if self.sampled:
             table.add_column("objects, simulated")
         for name, mean in self.means().items():

@@ -159,8 +159,13 @@ def _results(columns: list[str], rows: list[Any]) -> list[str]:
     for row in rows:
         cells = [f"{cell.text}{f' ({cell.range})' if cell.range else ''}" if cell else "" for cell in row.cells]
         lines.append(_row([row.label, *cells, row.on]))
-    return ["In parentheses: 95 % intervals over the test images. Untrained: the same network with random weights.",
-            "\n".join(lines)]  # fmt: skip
+    legend = "In parentheses: 95 % intervals over the test images"
+    if any(cell is not None and cell.each for row in rows for cell in row.cells):
+        legend += (
+            "; after ±, the standard deviation over folds or draws of the labels, whose values are in parentheses, of "
+            "more than ten the smallest and the largest"
+        )
+    return [f"{legend}. Untrained: the same network with its initial weights.", "\n".join(lines)]
 
 
 def _row(cells: list[str]) -> str:

@@ -4,6 +4,7 @@ import base64
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from pixmim.config import ModelConfig
@@ -32,7 +33,7 @@ class NeighborSheet:
 
     rows: list[list[Thumbnail]]  # random images, each followed by those most similar to it
     pairs: list[tuple[Thumbnail, Thumbnail]]  # the pairs most alike, the most similar first
-    images: int
+    images: int  # that can be read
     typical: float  # median cosine of a random image and any other
 
 
@@ -66,4 +67,5 @@ def draw_neighbors(
     ]
     pairs = [(draw(i), draw(j, cosine)) for i, j, cosine in index.duplicates(_PAIRS)]
     cosines = index.unit[chosen] @ index.unit.T
-    return NeighborSheet(rows, pairs, len(data), float(cosines.median()))
+    cosines[range(len(chosen)), chosen] = torch.nan  # with itself
+    return NeighborSheet(rows, pairs, count, float(cosines.nanmedian()))
