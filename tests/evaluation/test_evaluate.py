@@ -26,6 +26,7 @@ from pixmim.evaluation.classification import (
     alike_classes,
     check_labeled,
     compare_held_out,
+    evaluate_classifier,
     majority,
     rated,
     tally,
@@ -211,6 +212,27 @@ def test_classes_are_matched_by_name() -> None:
     assert dict(knn(train, test))["k20/mean/top1"] == 0
     with pytest.raises(UserError, match=r"a class 'bb', which is not one of .*; did you mean 'b'"):
         dict(knn(train, frozen(30, classes=2, names=["bb", "c"])))
+
+
+def test_a_classifier_is_measured_as_scikit_learn_does(tiny_run: Make, tmp_path: Path) -> None:
+    """In batches, the last one incomplete; top 5 means nothing if it holds all classes that were trained on."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    module = build_model(tiny_run()).encoder
+    context = EvalContext(wrap_live_encoder(tiny_run(), module, torch.device("cpu"), "fp32"), tmp_path)
+    data, given = check_labeled(*map(open_dataset, (TRAIN, "shapes:count=300,size=32"))), list[torch.Tensor]()
+
+    def classify(x: torch.Tensor) -> torch.Tensor:
+        given.append(torch.randn(len(x), 10, generator=torch.Generator().manual_seed(len(given))))
+        return given[-1]
+
+    found = dict(evaluate_classifier(context, data, context.encoder, (32, 32), classify))
+    labels, scores = data.test_labels.numpy(), torch.cat(given).softmax(dim=1).double().numpy()
+    assert found["top1"] == pytest.approx(100 * metrics.accuracy_score(labels, scores.argmax(1)))
+    assert found["top5"] == pytest.approx(100 * metrics.top_k_accuracy_score(labels, scores, k=5))
+    assert found["balanced"] == pytest.approx(100 * metrics.balanced_accuracy_score(labels, scores.argmax(1)))
+    assert found["loss"] == pytest.approx(metrics.log_loss(labels, scores / scores.sum(1, keepdims=True)), rel=1e-5)
+    few = replace(data, train_labels=data.train_labels % 3)
+    assert "top5" not in dict(evaluate_classifier(context, few, context.encoder, (32, 32), classify))
 
 
 def test_unbalanced_data_against_loops() -> None:
@@ -432,6 +454,14 @@ def test_values_on_data_that_changed_do_not_share_a_row() -> None:
         ("linear probe, images 5678abcd", [None, 1.0, None, None]),
         ("linear probe, images unknown", [None, None, 2.0, None]),
     ]
+
+
+def test_rows_of_the_public_sets_are_on_these() -> None:
+    values = {"imagenet_a/top1": 5.0, "imagenet_c/mce": 90.0, "in_memory/head/clean": 20.0}
+    settings = {"test": "/mine", "imagenet_a": "/a", "imagenet_c": "/c"}
+    result = {"evaluation": "robustness", "encoder": "trained", "settings": settings, "values": values}
+    rows = compare([ModelResults("run", [result])]).rows
+    assert {row.label: row.on for row in rows} == {"ImageNet-A": "/a", "ImageNet-C, mCE": "/c", "error, clean": "/mine"}
 
 
 def test_each_class_has_a_row_under_its_own_name() -> None:

@@ -155,7 +155,7 @@ def format_report(dataset: ImageDataset, formats: Formats, result: Measurement) 
         lines.append("channel       mean        std    minimum    maximum")
         for number, row in enumerate(zip(result.mean, result.std, result.minimum, result.maximum, strict=True), 1):
             constant = "   constant: std 1 is used" if row[1] == 0 else ""
-            lines.append(f"{number:>7}" + "".join(f"{value:>11.5g}" for value in row) + constant)
+            lines.append(f"{number:>7}" + "".join(f" {value:>10.5g}" for value in row) + constant)
     if result.bad:
         lines.append(f"{sum(count for count, _ in result.bad.values()):,} cannot be read:")
         for reason, (number, example) in sorted(result.bad.items(), key=lambda item: -item[1][0])[:5]:

@@ -322,7 +322,7 @@ def evaluate_classifier(
 ) -> Values:
     """Evaluate a classifier of normalized images on the test data, resized to 256/224 of `size` and center-cropped.
 
-    Yields the values of `rated`; "top5" if there are more than 5 classes; "loss", the mean cross-entropy; and
+    Yields the values of `rated`; "top5" if more than 5 classes have train images; "loss", the mean cross-entropy; and
     "majority". Raises UserError if scores are not finite.
     """
     counts, in_top5, loss = torch.zeros(2, len(data.classes), dtype=torch.int64), 0, 0.0
@@ -339,7 +339,7 @@ def evaluate_classifier(
         counts += tally(top[:, 0], labels, len(data.classes))
     count = int(counts[1].sum())
     yield from rated(counts, data.classes)
-    if len(data.classes) > 5:
+    if len(data.train_labels.unique()) > 5:
         yield "top5", 100 * in_top5 / count
     yield "loss", loss / count
     yield "majority", majority(counts)

@@ -340,7 +340,8 @@ def _curves(entries: list[ReportEntry]) -> list[tuple[str, str]]:
     loss = "Training loss. Losses compare only between runs with the same target and normalization."
     held_out = "Dashed: center crops of held-out images, with fixed masks; that it rises shows over-fitting."
     loss += f" {held_out}" * any("held_out_loss" in line for entry in entries for line in entry.metrics)
-    rank = "Effective rank (RankMe) of the features of held-out images; at most the number of these images."
+    rank = "Effective rank (RankMe) of the features of held-out images; at most the number of these, and the width of "
+    rank += "the encoder."
     top1, balanced = "k-NN accuracy during training, mean of patch tokens", "k-NN accuracy during training, balanced"
     kinds: list[tuple[dict[str, str], str, str, Callable[[PretrainConfig], str]]] = [
         ({"loss": "", "held_out_loss": _HELD_OUT}, "loss", loss, lambda config: config.data),

@@ -174,8 +174,8 @@ def compare(models: list[ModelResults]) -> Comparison:
                     groups.setdefault(key, []).append((model, result))
         groups = dict(_by_data(groups))
         settings = [json.loads(key) for key in sorted(groups)]
-        for key, on, suffix in zip(sorted(groups), map(_data, settings), _differences(settings), strict=True):
-            for row in _rows(evaluation, groups[key], columns, label(on, _MAX_LABEL), suffix):
+        for key, each, suffix in zip(sorted(groups), settings, _differences(settings), strict=True):
+            for row in _rows(evaluation, groups[key], columns, each, suffix):
                 _merge(row, merged.setdefault((row.label, row.on, row.per_class), []))
     return _drop_columns(columns, _in_order([row for rows in merged.values() for row in rows]))
 
@@ -215,7 +215,7 @@ def _rows(
     evaluation: Eval,
     results: list[_Measured],
     columns: list[tuple[ModelResults, str]],
-    on: str,
+    settings: dict[str, Any],
     suffix: str,
 ) -> Iterator[Row]:
     """Yield the rows of results with the same settings; labels end with the suffix."""
@@ -254,6 +254,7 @@ def _rows(
                     name = name.replace("_", " ")
                 text = label(name + suffix * (MAJORITY not in title), _MAX_LABEL)
                 cells = [find_cell(values, older, key) for values, older in latest]
+                on = label(_data(settings, key), _MAX_LABEL)
                 yield Row(text, on, cells, pattern in evaluation.class_names, key)
 
 
@@ -320,8 +321,10 @@ def _drop_columns(columns: list[tuple[ModelResults, str]], rows: list[Row]) -> C
     return Comparison(list(names.values()), [row for row in rows if not row.per_class], per_class, pairs)
 
 
-def _data(settings: dict[str, Any]) -> str:
-    """Return the test data, or the only data."""
+def _data(settings: dict[str, Any], key: str = "") -> str:
+    """Return the test data, or the only data; of the value `key` of ImageNet-C, -A, -R or -Sketch these."""
+    if key.startswith("imagenet_"):
+        return str(settings.get(key.partition("/")[0]) or "")
     return describe_split(str(settings.get("test") or settings.get("labelled") or settings.get("data") or ""))
 
 

@@ -135,7 +135,7 @@ def _find_imagenet_c(context: EvalContext, settings: RobustnessSettings) -> tupl
 
 
 def _imagenet_c(context: EvalContext, settings: RobustnessSettings, file: CountsFile) -> Values:
-    """Yield errors, CE and mCE on stored images, cropped at the center without resizing.
+    """Yield errors, CE and mCE on stored images of 224 px, which are resized for an encoder of another size.
 
     CE needs all severities and classes, as AlexNet's errors were measured; mCE also needs all corruptions.
     """
