@@ -323,6 +323,16 @@ def test_every_evaluation_says_how_many_images_it_skipped(
         assert "not an image" in line
 
 
+@pytest.mark.parametrize(("patients", "narrow"), [("aabb", True), ("abcd", False), ("    ", False)])
+def test_images_of_one_group_make_intervals_too_narrow(patients: str, narrow: bool, pictures: Path) -> None:
+    names = [f"{kind}/{i}.jpg,{kind}" for kind in ("cats", "dogs") for i in range(2)]
+    lines = [f"{name},{patient.strip()}" for name, patient in zip(names, patients, strict=True)]
+    (pictures / "test.csv").write_text("\n".join(["path,label,patient", *lines]))
+    console = Console(file=io.StringIO(), width=500)
+    check_labeled(open_dataset(str(pictures)), open_dataset(f"{pictures}/test.csv"), console)
+    assert ("those of one group make them too narrow" in console.file.getvalue()) == narrow  # type: ignore[attr-defined]
+
+
 def test_classes_and_shared_images_are_printed(sets: Callable[..., str], tmp_path: Path) -> None:
     """Detect the same path, the same bytes, a symbolic link, and the same seed of synthetic shapes."""
     train, test = sets("train", a=6, b=2), sets("test", seed=1, a=3, b=1)

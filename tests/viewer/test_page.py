@@ -49,6 +49,7 @@ def test_description_lists_runs_settings_and_images(page: Page) -> None:
     described = page.describe()
     assert [run["name"] for run in described["runs"]] == ["pixmim", "mae"]
     assert described["runs"][0]["grid"] == [4, 4] and described["dataset"]["count"] == 30
+    assert [(run["data"], run["knn"]) for run in described["runs"]] == [(run.config.data, "") for run in page.runs]  # type: ignore[attr-defined]
     assert {"name": "target.kind", "values": ["low-frequency", "pixels"]} in described["settings"]
     assert json.dumps(described)
 

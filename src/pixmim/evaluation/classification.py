@@ -31,6 +31,8 @@ _MAX_LISTED = 12  # classes in a line
 _MAX_RESOLVED = 100_000  # images whose symbolic links are resolved one by one
 _MAX_COMPARED_BYTES = 2**28  # bytes of images of equal size that are compared
 
+_NARROW = "intervals count all test images as independent: those of one group make them too narrow"
+
 
 @dataclass(frozen=True)
 class LabeledSplits:
@@ -81,6 +83,10 @@ def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | No
             f"{shortened_list(shared)}. Results would measure memorization: move each group to one of them, or split "
             "one table with --labelled. If the column is no group, name another one, such as ,group=path"
         )
+    if test.groups is not None:
+        sizes = np.bincount(test.groups, minlength=len(test.group_names)).tolist()
+        if any(size > 1 and name for size, name in zip(sizes, test.group_names, strict=True)):
+            print_plain(console, _NARROW)
     if console is not None and not console.quiet:
         warn_shared(train, test, console)
     missing = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))

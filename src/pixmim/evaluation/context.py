@@ -224,6 +224,7 @@ def bad_image_log(data: ImageDataset, path: Path | None = None) -> BadImageLog:
 
 def check_finite(values: Tensor, name: str) -> None:
     """Raise UserError if any value is not finite: the largest of such values would be arbitrary."""
-    bad = int((~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)).sum())
+    parts = values.flatten(1).split(2**16)  # features may fill half of the memory
+    bad = sum(int((~torch.isfinite(part).all(dim=1)).sum()) for part in parts)
     if bad:
         raise UserError(f"the {name} are not finite for {bad:,} of {len(values):,} images: try --precision fp32")

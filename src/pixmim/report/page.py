@@ -333,10 +333,6 @@ def load_line(entry: ReportEntry) -> str:
 
 def _curves(entries: list[ReportEntry]) -> list[tuple[str, str]]:
     """Return (caption, SVG) of each figure with values. Metrics of different data have separate figures."""
-
-    def knn_data(config: PretrainConfig) -> str:
-        return f"{config.knn.test} (train {config.knn.train})"
-
     loss = "Training loss. Losses compare only between runs with the same target and normalization."
     held_out = "Dashed: center crops of held-out images, with fixed masks; that it rises shows over-fitting."
     loss += f" {held_out}" * any("held_out_loss" in line for entry in entries for line in entry.metrics)
@@ -369,6 +365,11 @@ def _curves(entries: list[ReportEntry]) -> list[tuple[str, str]]:
             dashed = [name for name in group if name.endswith((_MAJORITY, _START, _HELD_OUT))]
             figures.append((caption + measured_on, plot_curves(group, x="epoch", y=axis, marker=marker, dashed=dashed)))
     return figures
+
+
+def knn_data(config: PretrainConfig) -> str:
+    """Return the labeled data of periodic k-NN."""
+    return f"{config.knn.test} (train {config.knn.train})"
 
 
 def _knn_keys(value: str, entries: list[ReportEntry]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixmim.build import image_spec
+from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import read_bad_images
 from pixmim.data.dataset import ImageDataset, ImageSpec
@@ -15,7 +16,7 @@ from pixmim.evaluation.attentive_probe import load_newest_probe
 from pixmim.evaluation.visualize import labeled_grid
 from pixmim.masking import Mask
 from pixmim.report.attention import draw_attention, draw_query_attention
-from pixmim.report.page import compare_settings, data_url, open_run_data, png, unique_names
+from pixmim.report.page import compare_settings, data_url, knn_data, open_run_data, png, unique_names
 from pixmim.report.reconstruct import COLUMNS, choose_crops
 from pixmim.utils.console import csv_cell, label, printable
 from pixmim.utils.errors import UserError
@@ -82,6 +83,7 @@ class Page:
     def _describe(self, run: Run) -> dict[str, Any]:
         config, (rows, columns), (h, w) = run.config, run.grid, run.config.image_size
         target, mask = config.target, config.mask
+        run_config = config if isinstance(config, PretrainConfig) else None
         return {
             "name": run.name,
             "about": f"{config.model.name} on {config.model.backbone}, {h} × {w} px",
@@ -91,6 +93,8 @@ class Page:
             "ratio": mask.ratio if mask is not None else 0.75,
             "radius": target_radius(config),
             "target": target.kind if target is not None else "unknown",
+            "data": label(run_config.data) if run_config else "",  # of the loss
+            "knn": label(knn_data(run_config)) if run_config and run_config.knn.test else "",
         }
 
     def status(self, run: int) -> dict[str, Any]:

@@ -127,10 +127,10 @@ function chart(title, series, { x = "epoch", log = false, mark = null } = {}) {
 
 // Training
 
-const KINDS = [
-  ["Loss", (key) => key === "loss" || key.startsWith("held_out"), (key) => (key === "loss" ? "" : "held out")],
-  ["k-NN accuracy (%)", (key) => /^knn\/k\d+\/mean\/top1$/.test(key) || key === "knn/majority", (key) => (key === "knn/majority" ? "majority" : `k = ${key.match(/k(\d+)/)[1]}`)],
-  ["Effective rank (RankMe)", (key) => key.includes("rankme"), () => ""],
+const KINDS = [ // title, keys, suffix of a key, and the data of runs that a name is to tell apart
+  ["Loss", (key) => key === "loss" || key.startsWith("held_out"), (key) => (key === "loss" ? "" : "held out"), "data"],
+  ["k-NN accuracy (%)", (key) => /^knn\/k\d+\/mean\/top1$/.test(key) || key === "knn/majority", (key) => (key === "knn/majority" ? "majority" : `k = ${key.match(/k(\d+)/)[1]}`), "knn"],
+  ["Effective rank (RankMe)", (key) => key.includes("rankme"), () => "", "data"],
   ["Learning rate", (key) => key === "lr", () => ""],
   ["Images per second", (key) => key === "images_per_s", () => ""],
   ["Share of time spent waiting for data", (key) => key === "data_wait_fraction", () => ""],
@@ -160,13 +160,13 @@ async function poll() {
 }
 
 function drawCharts() {
-  const figures = KINDS.map(([title, wants, suffix]) => {
-    const series = [];
+  const figures = KINDS.map(([title, wants, suffix, data]) => {
+    const series = [], several = new Set(page.runs.map((run) => run[data]).filter(Boolean)).size > 1;
     logs.forEach((log, run) => {
       const keys = [...new Set(log.records.flatMap(Object.keys))].filter(wants).sort();
       keys.forEach((key, i) => {
         const points = log.records.filter((record) => Number.isFinite(record[key])).map((record) => [record.epoch, record[key]]);
-        const name = [page.runs[run].name, suffix(key)].filter(Boolean).join(", ");
+        const name = [page.runs[run].name, suffix(key), several && `on ${page.runs[run][data]}`].filter(Boolean).join(", ");
         const dashed = key.startsWith("held_out") || key === "knn/majority";
         series.push({ name, points, color: COLORS[(run + (title.startsWith("k-NN") ? i * logs.length : 0)) % COLORS.length], dashed });
       });
