@@ -466,6 +466,20 @@ def test_values_on_data_that_changed_do_not_share_a_row() -> None:
     ]
 
 
+@pytest.mark.parametrize("length", [30, 400])
+def test_long_paths_that_end_alike_are_different_settings(length: int) -> None:
+    models = [
+        ModelResults(
+            name, [{"evaluation": "linear", "encoder": "trained", "settings": settings, "values": {"top1": 9.0}}]
+        )
+        for name in "ab"
+        for settings in [{"train": f"/{length * 'x'}/site-{name}/{length * 'y'}", "test": "/b"}]
+    ]
+    rows = compare(models).rows
+    assert [[cell is not None for cell in row.cells] for row in rows] == [[True, False], [False, True]]
+    assert (len({row.label for row in rows}) == 2) == (length == 30)
+
+
 def test_rows_of_the_public_sets_are_on_these() -> None:
     values = {"imagenet_a/top1": 5.0, "imagenet_c/mce": 90.0, "in_memory/head/clean": 20.0}
     settings = {"test": "/mine", "imagenet_a": "/a", "imagenet_c": "/c"}

@@ -158,13 +158,13 @@ def compare(models: list[ModelResults]) -> Comparison:
     """Build a row for each value that its evaluation displays.
 
     Values measured with the same settings, on the same images and labels, share a row; rows of different ones have
-    different labels. A baseline of
-    several evaluations has one row. Rows of one probe are in the order of labels per class, or of blocks. Encoders
-    without results have no column, and untrained ones with equal values share one. Of several results with the same
-    settings, that of the latest step counts; the step is shown where others are of a later one.
+    different labels. A baseline of several evaluations has one row. Rows of one probe are in the order of labels per
+    class, or of blocks. Encoders without results have no column, and untrained ones with equal values share one. Of
+    several results with the same settings, that of the latest step counts; the step is shown where others are of a
+    later one.
     """
     columns = [(model, state) for model in models for state in ("untrained", "trained")]
-    merged: dict[tuple[str, str, bool], list[Row]] = {}
+    merged: dict[tuple[str, ...], list[Row]] = {}
     for name, evaluation in EVALS.items():
         groups: dict[str, list[_Measured]] = {}
         for model in models:
@@ -175,8 +175,10 @@ def compare(models: list[ModelResults]) -> Comparison:
         groups = dict(_by_data(groups))
         settings = [json.loads(key) for key in sorted(groups)]
         for key, each, suffix in zip(sorted(groups), settings, _differences(settings), strict=True):
+            same = json.dumps({n: v for n, v in each.items() if n not in ("shots", "layers")})  # which the label has
             for row in _rows(evaluation, groups[key], columns, each, suffix):
-                _merge(row, merged.setdefault((row.label, row.on, row.per_class), []))
+                shared = (row.on,) if MAJORITY in row.label else (same, row.key)
+                _merge(row, merged.setdefault((row.label, *shared), []))
     return _drop_columns(columns, _in_order([row for rows in merged.values() for row in rows]))
 
 
@@ -293,10 +295,16 @@ def _differences(settings: Sequence[dict[str, Any]]) -> list[str]:
     for each in flat:
         group = groups[_data(each)]
         names = [n for n in sorted(each) if n not in _IN_LABEL and any(other.get(n) != each[n] for other in group)]
-        texts.append(
-            "".join(f", {n} {label(describe_split(str(each[n])))}" for n in names if each[n] not in (None, "", []))
-        )
+        values = {n: [describe_split(str(other.get(n))) for other in (each, *group)] for n in names}
+        texts.append("".join(f", {n} {_short(*values[n])}" for n in names if each[n] not in (None, "", [])))
     return texts
+
+
+def _short(text: str, *others: str) -> str:
+    """Return a label of a text, a longer one if it would not tell the text from the others."""
+    short = label(text)
+    alike = any(label(other) == short for other in others if other != text)
+    return label(text, _MAX_LABEL) if alike else short
 
 
 def _drop_columns(columns: list[tuple[ModelResults, str]], rows: list[Row]) -> Comparison:
