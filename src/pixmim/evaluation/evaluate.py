@@ -153,7 +153,7 @@ def digest_data(context: EvalContext, name: str, settings: Any) -> str:
     if name == "segmentation":
         truth = list(check_segmentation(context, settings)[-1])
     elif name == "detection":
-        truth = [data.truth() for data in check_detection(context, settings)[:2]]
+        truth = [data.truth for data in check_detection(context, settings)[:2]]
     else:
         specs = (getattr(settings, field, "") for field in DATA_FIELDS if field != "imagenet_c")
         truth = [describe(spec) for spec in specs if spec]

@@ -242,7 +242,7 @@ def test_loss_falls(tmp_path: Path) -> None:
     settings = replace(TINY, steps=20, masks="no", relative_positions=False, jitter=(1.0, 1.0), lr=3e-3)
     data = open_detection(TINY.train, "", context.encoder.image_spec)
     detector.train_detector(context, settings, data, False)
-    lines = (context.work_dir("detection", settings, data.truth()) / "metrics.jsonl").read_text().splitlines()
+    lines = (context.work_dir("detection", settings, data.truth) / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 

@@ -52,7 +52,7 @@ def evaluate_detection(context: EvalContext, settings: DetectionSettings) -> Val
     train, test, masks = check_detection(context, settings)
     model = train_detector(context, settings, train, masks).eval()
     yield from _measure(context, settings, test, model, masks)
-    discard(context.work_dir("detection", settings, train.truth()))
+    discard(context.work_dir("detection", settings, train.truth))
 
 
 def _measure(

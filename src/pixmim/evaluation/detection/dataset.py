@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,9 @@ class DetectionDataset:
     unmasked: list[Any]  # names of the objects without a usable mask
     problems: str = ""  # problems of the file and their consequences, one per line
 
+    @cached_property
     def truth(self) -> str:
-        """Return a digest of the images' names and of all objects."""
+        """Digest of the images' names and of all objects."""
         digest = sha256(f"{self.images.fingerprint()} {self.classes}".encode())
         for index in range(len(self.images)):
             objects = self.objects(index)

@@ -145,7 +145,7 @@ def train_detector(
         SyncFreeOptimizer(optimizer, None, scaling=encoder.precision == "fp16", device=encoder.device),
         lambda step: learning_rate(settings, step, steps),
         steps,
-        context.work_dir("detection", settings, train.truth()),
+        context.work_dir("detection", settings, train.truth),
         images=len(train.images),
         batch_size=settings.batch_size,
         accumulation_steps=parts,
