@@ -137,10 +137,14 @@ def test_results_have_intervals_and_names_are_escaped(tiny_run: Make, tmp_path: 
     assert "| 20.0 % | 71.2 % (70.0 to 72.5) |" in found["Results"] and "my photos" in found["Results"]
     assert r"a\|b\<i\>\[x\](y)" in found["Results"] and "cat" not in found["Results"]
     assert "In parentheses: 95 % intervals over the test images. Untrained" in found["Results"]
+    for site, digest in (("a", "1234abcd"), ("b", "5678abcd")):  # equal without their folders
+        one = replace(result({"top1": 44.0}, test=f"/{site}/test"), evaluation="attentive", data_digest=digest)
+        save(one, run)
     folds = {"top1": 60.0, "top1/std": 10.0, "top1/fold/1": 50.0, "top1/fold/2": 70.0}
     save(replace(result(folds, labelled="a", folds=2), evaluation="linear"), run)
     export_model(str(run), "timm", tmp_path / "folds")
     repeated = sections((tmp_path / "folds" / "README.md").read_text())["Results"]
+    assert [f"probe, images {digest} |" in repeated for digest in ("1234abcd", "5678abcd")] == [True, True]
     assert "60.0 ± 10.0 % (50.0, 70.0)" in repeated and "after ±, the standard deviation over folds" in repeated
     assert "1 images of the training data" in found["Left out"] and "1 files or values" in found["Left out"]
 
