@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 from helpers import runs
 from helpers.evaluated import evaluate, measured
+from helpers.shards import write
 from pixmim.build import build_model
 from pixmim.config import OnlineKnnConfig, PretrainConfig
 from pixmim.config_io import load_config, to_json
 from pixmim.data import open_dataset
+from pixmim.data.dataset import ImageDataset
 from pixmim.evaluation.classification import (
     alike_classes,
     check_labeled,
@@ -233,6 +235,29 @@ def test_a_classifier_is_measured_as_scikit_learn_does(tiny_run: Make, tmp_path:
     assert found["loss"] == pytest.approx(metrics.log_loss(labels, scores / scores.sum(1, keepdims=True)), rel=1e-5)
     few = replace(data, train_labels=data.train_labels % 3)
     assert "top5" not in dict(evaluate_classifier(context, few, context.encoder, (32, 32), classify))
+
+
+@pytest.mark.parametrize("named", ["train", "test", "both"])
+def test_names_of_classes_without_images_change_nothing(pictures: Path, tmp_path: Path, named: str) -> None:
+    """Number the classes of a tar 1 and 3, which names 0 and 2 as well, and compare it with class folders."""
+    files, folder = list[tuple[str, bytes]](), tmp_path / "folder"
+    for name, number in (("cats", "1"), ("dogs", "3")):
+        shutil.copytree(pictures / name, folder / number)
+        for file in sorted((folder / number).iterdir()):
+            key = f"{number}-{file.stem}"
+            files += [(f"{key}.jpg", file.read_bytes()), (f"{key}.cls", number.encode())]
+    tar = open_dataset(write(tmp_path / "numbers.tar", files))
+    plain = open_dataset(folder)
+    assert tar.classes == ["0", "1", "2", "3"] and plain.classes == ["1", "3"]
+
+    def check(train: ImageDataset, test: ImageDataset) -> tuple[list[str], ...]:
+        out = io.StringIO()
+        splits = check_labeled(train, test, Console(file=out, width=500))
+        lines = [line for line in out.getvalue().splitlines() if "images of" in line and "warning" not in line]
+        return lines, *([splits.classes[i] for i in labels] for labels in (splits.train_labels, splits.test_labels))
+
+    sources = [tar if named in (part, "both") else plain for part in ("train", "test")]
+    assert check(*sources) == check(plain, plain)
 
 
 def test_unbalanced_data_against_loops() -> None:

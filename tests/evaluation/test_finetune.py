@@ -414,8 +414,6 @@ def test_unsuitable_data_are_refused(product: Callable[[str], Path], pictures: P
     less, more = Path(shutil.copytree(pictures, folder / "less")), Path(shutil.copytree(pictures, folder / "more"))
     shutil.rmtree(less / "dogs")
     shutil.copytree(more / "dogs", more / "cows")
-    with pytest.raises(UserError, match="lack the class 'cats' of the train data"):
-        run(more, shutil.copytree(more, folder / "some", ignore=shutil.ignore_patterns("cats")))
     with pytest.raises(UserError, match="a class 'cows', which is not one of"):
         run(pictures, more)
     with pytest.raises(UserError, match="a single class, 'cats'"):

@@ -116,7 +116,7 @@ def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Val
         options: Any = {"queries": queries, "device": context.encoder.device, "console": context.console}
         probe = fit_probe(train, epochs=settings.epochs, seed=settings.seed, **options)
         probes[:] = [(probe.module, test)]
-        labels = class_indices(test.classes, train.classes, "the test data")[test.labels]
+        labels = class_indices(test.classes, train.classes, "the test data", test.labels)[test.labels]
         counts = tally(predict([probe.module], test, np.arange(len(labels)))[0], labels, len(train.classes))
         yield from rated(counts, train.classes)
         yield "majority", majority(counts)

@@ -45,18 +45,11 @@ class LabeledSplits:
     classes: list[str]  # names of the classes of the train data
 
 
-def open_labeled(context: EvalContext, train: str, test: str, *, all_classes: bool = False) -> LabeledSplits:
-    """Open and check (`check_labeled`) train and test data, once for all contexts that share data. Raises UserError.
-
-    With `all_classes`, test data that lack a class of the train data are refused.
-    """
-    splits = context.once_for_all(
+def open_labeled(context: EvalContext, train: str, test: str) -> LabeledSplits:
+    """Open and check (`check_labeled`) train and test data, once for all contexts that share data. Raises UserError."""
+    return context.once_for_all(
         ("labeled", train, test), lambda: check_labeled(context.data(train), context.data(test), context.console)
     )
-    for name in splits.classes if all_classes else ():
-        if name not in splits.test.classes:
-            raise UserError(f"the test data {splits.test.spec} lack the class '{name}' of the train data")
-    return splits
 
 
 def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | None = None) -> LabeledSplits:
@@ -67,8 +60,8 @@ def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | No
     """
     lines = [check_classes(data) for data in (train, test)]
     train_labels = torch.from_numpy(cast(np.ndarray, train.labels))
-    indices = class_indices(test.classes, train.classes, "the test data")
-    test_labels = indices[torch.from_numpy(cast(np.ndarray, test.labels))]
+    test_labels = torch.from_numpy(cast(np.ndarray, test.labels))
+    test_labels = class_indices(test.classes, train.classes, "the test data", test_labels)[test_labels]
     for name, line in zip(("train", "test"), lines, strict=True):
         print_plain(console, f"{name} data: {line}")
     for line in alike_classes(train.classes):
@@ -106,11 +99,12 @@ def check_classes(data: ImageDataset) -> str:
             f"{len(unlabeled):,} of the {len(data):,} images of {data.spec} have no label, the first is "
             f"{data.path_of(int(unlabeled[0]))}: label or remove them"
         )
-    counts = np.bincount(data.labels, minlength=len(data.classes))
-    _check_several(data.spec, [name for name, count in zip(data.classes, counts, strict=True) if count])
+    numbers, counts = np.unique(data.labels, return_counts=True)  # not of classes without an image
+    names = [data.classes[number] for number in numbers]
+    _check_several(data.spec, names)
     groups = f", in {len(np.unique(data.groups)):,} groups" if data.groups is not None else ""
     note = f" ({data.left_out})" if data.left_out else ""
-    return f"{len(data):,} images of {shares(data.classes, counts.tolist())}{groups}{note}"
+    return f"{len(data):,} images of {shares(names, counts.tolist())}{groups}{note}"
 
 
 def alike_classes(names: Sequence[str]) -> list[str]:
@@ -127,28 +121,35 @@ def alike_classes(names: Sequence[str]) -> list[str]:
     ]
 
 
-def class_indices(classes: Sequence[str], known: Sequence[str], spec: str) -> Int[Tensor, " k"]:
-    """Return the index of each class among the known ones. Raises UserError for unknown classes."""
+def class_indices(
+    classes: Sequence[str], known: Sequence[str], spec: str, labels: npt.NDArray[np.integer] | Tensor
+) -> Int[Tensor, " k"]:
+    """Return the index of each class among the known ones; -1 for an unknown one without a label.
+
+    Some sources name more classes than their images have. Raises UserError if one of the `labels` is of an unknown
+    class.
+    """
     index = {name: i for i, name in enumerate(known)}
-    unknown = [name for name in classes if name not in index]
+    unknown = [name for name in (classes[number] for number in np.unique(labels)) if name not in index]
     if unknown:
         more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
         raise UserError(
             f"{spec} has a class '{unknown[0]}'{more}, which is not one of the {len(known)} known classes"
             f"{did_you_mean(unknown[0], known)}"
         )
-    return torch.tensor([index[name] for name in classes])
+    return torch.tensor([index.get(name, -1) for name in classes])
 
 
 def labels_among(data: ImageDataset, known: Sequence[str]) -> Int[Tensor, " n"]:
     """Return each image's label as an index into the known classes. Raises UserError, as `check_classes` does."""
     check_classes(data)
-    return class_indices(data.classes, known, data.spec)[torch.from_numpy(cast(np.ndarray, data.labels))]
+    labels = torch.from_numpy(cast(np.ndarray, data.labels))
+    return class_indices(data.classes, known, data.spec, labels)[labels]
 
 
 def same_classes(train: FeatureSet, test: FeatureSet) -> Int[Tensor, " n"]:
     """Return the test labels as indices into the classes of the train set. Raises UserError for unknown classes."""
-    return class_indices(test.classes, train.classes, "the test data")[test.labels]
+    return class_indices(test.classes, train.classes, "the test data", test.labels)[test.labels]
 
 
 def _check_several(spec: str, names: Sequence[str]) -> None:

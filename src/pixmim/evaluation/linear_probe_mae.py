@@ -27,7 +27,7 @@ _WARMUP_EPOCHS = 10
 
 def check_linear_mae(context: EvalContext, settings: LinearSettings) -> tuple[LabeledSplits, str]:
     """Return the data and the kind of feature. Raises UserError for what `evaluate_linear_mae` would refuse."""
-    data = open_labeled(context, settings.train, settings.test, all_classes=True)
+    data = open_labeled(context, settings.train, settings.test)
     kind = feature_kind(context.encoder.module, settings.feature)
     if settings.batch_size < 2 or len(data.train) < 2:
         raise UserError("BatchNorm needs a batch of at least 2 images")

@@ -37,7 +37,8 @@ def check_repeated(context: EvalContext, settings: FrozenSettings) -> tuple[int,
     for count in (int(count) for count in settings.counts if count != "all"):
         few = [f"{label(splits.classes[i])} {sizes[i]:,}" for i in np.flatnonzero((sizes > 0) & (sizes < count))]
         if few:
-            line = f"with {labels_per_class(f'{count:,}')}, {len(few)} of {len(sizes)} classes have fewer and use all: "
+            have_fewer = f"{len(few)} of {np.count_nonzero(sizes)} classes have fewer and use all: "
+            line = f"with {labels_per_class(f'{count:,}')}, {have_fewer}"
             _print_once(context, line + shortened_list(few))
         smallest = min(smallest, int(sizes.clip(max=count).sum()))
     return smallest, len(splits.train) + len(splits.test)

@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -33,7 +34,7 @@ from pixmim.evaluation.detection.backbone import (
     partition,
     run_block,
 )
-from pixmim.evaluation.detection.dataset import open_detection
+from pixmim.evaluation.detection.dataset import Objects, open_detection
 from pixmim.evaluation.detection.loader import fit_to_square, make_target
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, rebuild_at_size, wrap_live_encoder
 from pixmim.evaluation.settings import DetectionSettings
@@ -273,6 +274,31 @@ def test_maps_that_are_not_finite_are_no_images_without_objects() -> None:
     model = detector.build_detector(encoder_of("vit"), TINY, 10, False).eval()
     with pytest.raises(UserError, match="feature maps of the detector are not finite"):
         detector.detect(model, torch.full((1, 3, 32, 32), torch.nan))
+
+
+def test_a_class_without_a_test_object_changes_nothing() -> None:
+    """Name a class in the test data that the train data lack: without objects, with a crowd, and with an object."""
+    train, test = (open_detection(spec, "", RGB) for spec in (TINY.train, TINY.test))
+    own, names = test.objects, [*test.classes, "bird"]
+
+    def with_bird(index: int) -> Objects:
+        plain = own(index)
+        values = (np.concatenate([each, each[:1]]) for each in (plain.boxes, plain.labels, plain.crowd, plain.areas))
+        boxes, labels, crowd, areas = values
+        labels[-1], crowd[-1] = len(names) - 1, True
+        return Objects(boxes, labels, crowd, areas, [*plain.masks, plain.masks[0]])
+
+    for objects in (own, with_bird):
+        matched = detection._match_classes(
+            train, replace(test, classes=names, counts=[*test.counts, 0], objects=objects)
+        )
+        assert matched.classes == train.classes and matched.counts == test.counts
+        for index in range(4):
+            found, expected = matched.objects(index), own(index)
+            assert all(np.array_equal(getattr(found, name), getattr(expected, name)) for name in ("boxes", "labels"))
+            assert len(found.crowd) == len(found.areas) == len(found.masks) == len(expected.labels)
+    with pytest.raises(UserError, match="a class 'bird', which is not one of"):
+        detection._match_classes(train, replace(test, classes=names, counts=[*test.counts, 1]))
 
 
 def test_perfect_detections_have_an_ap_of_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Object detection: fine-tune the encoder in Faster or Mask R-CNN as ViTDet does, and measure average precision."""
 
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -121,15 +122,22 @@ def _annotation_files(settings: DetectionSettings) -> tuple[str, str]:
 
 
 def _match_classes(train: DetectionDataset, test: DetectionDataset) -> DetectionDataset:
-    """Return the test data with the class indices of the train data. Raises UserError for an unknown class."""
-    number = class_indices(test.classes, train.classes, "the test data").numpy()
+    """Return the test data with the class indices of the train data, without crowds of other classes.
+
+    Raises UserError for an object of an unknown class.
+    """
+    used = np.flatnonzero(test.counts)
+    number = class_indices(test.classes, train.classes, "the test data", used).numpy()
 
     def objects(index: int) -> Objects:
         group = test.objects(index)
-        return replace(group, labels=number[group.labels])
+        labels = number[group.labels]
+        known = labels >= 0
+        masks = list(compress(group.masks, known))
+        return Objects(group.boxes[known], labels[known], group.crowd[known], group.areas[known], masks)
 
     counts = np.zeros(len(train.classes), np.int64)
-    counts[number] = test.counts
+    counts[number[used]] = np.asarray(test.counts)[used]
     return replace(test, objects=objects, classes=train.classes, counts=counts.tolist())
 
 

@@ -67,7 +67,7 @@ class FinetunePlan:
 @checked_once
 def check_finetune(context: EvalContext, settings: FinetuneSettings) -> FinetunePlan:
     """Check data, settings, encoder and the classifier's folder without training. Raises UserError."""
-    encoder, data = context.encoder, open_labeled(context, settings.train, settings.test, all_classes=True)
+    encoder, data = context.encoder, open_labeled(context, settings.train, settings.test)
     name = choose(settings.recipe, encoder.config, encoder.module, settings.from_scratch)
     recipe = apply_overrides(FINETUNE_RECIPES[name], settings.changes)
     if data.train.image_spec.dtype != "uint8" and (recipe.augment != "none" or recipe.jitter):
