@@ -302,6 +302,8 @@ class ConcatDataset(ImageDataset):
             shard_sizes=self._repeat([_shard_sizes(part) for part, _ in parts]) if sharded else None,
         )
         self.left_out = "; ".join(part.left_out for part, _ in parts if part.left_out)
+        if not labeled:
+            self.label_hint = next(part.no_labels_message for part, _ in parts if not part.classes)
         if any(part.groups is not None for part, _ in parts):
             self.groups, self.group_names = self._merge_groups()
 

@@ -148,7 +148,7 @@ def open_cache(folder: str | Path, image_spec: ImageSpec = RGB, shard_cache_gib:
     indexes = parallel_map("reading indexes", load_index, settings.num_shards)
     if not any(len(entries) > 1 for entries in indexes):
         raise UserError(f"the cache {cache} is empty: none of its images could be read")
-    return ShardDataset(
+    dataset = ShardDataset(
         cache,
         image_spec,
         tars,
@@ -158,6 +158,8 @@ def open_cache(folder: str | Path, image_spec: ImageSpec = RGB, shard_cache_gib:
         raw=settings.kind == "raw",
         kind="a cache",
     )
+    dataset.label_hint = "the images that the cache was made of have none"
+    return dataset
 
 
 def _read_json(name: str) -> Any:

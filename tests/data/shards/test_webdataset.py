@@ -76,19 +76,23 @@ def test_samples(tmp_path: Path, form: int) -> None:
             ("depth.depth.png", picture(8)),
             ("words.txt", b"not an image"),
             (".hidden.png", picture(9)),
+            ("./.hidden/one.png", picture(9)),
+            ("v1.0/._two.png", b"of a Mac"),
             ("README", b"no extension"),
             (f"{long}.webp", picture(10, "WEBP")),
-            ("ünï.json", b"{}"),
-            ("ünï.png", picture(11)),
+            ("./ünï.json", b"{}"),
+            ("./ünï.png", picture(11)),
         ],
         form,
     )
     data = open_dataset(str(path))
     assert colors(data)[:6] == [1, 2, 3, 4, 6, 8] and colors(data)[7:] == [11]
-    assert keys(data) == ["v1.0/one", "v1.0/two", "other/one", "v1.0/one", "both", "depth", long, "ünï"]
+    assert keys(data) == ["v1.0/one", "v1.0/two", "other/one", "v1.0/one", "both", "depth", long, "./ünï"]
     assert data.labels is None and data.classes == []
-    assert "2 images are ignored" in data.description and "1 samples without an image" in data.description
-    assert "7 of 8 samples have no class" in data.description
+    assert data.left_out == "2 images are ignored; 1 samples without an image are ignored"
+    assert data.left_out in data.description and "7 of 8 samples have no class" in data.description
+    assert ".cls" in data.no_labels_message and "7 of 8 samples have no class" in data.no_labels_message
+    assert data.no_labels_message in open_dataset(f"shapes:count=4+{path}").no_labels_message
 
 
 def test_contents_of_cls_that_are_not_classes(tmp_path: Path) -> None:

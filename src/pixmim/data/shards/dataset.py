@@ -50,7 +50,7 @@ class ShardDataset(ImageDataset):
         indexes: The samples of each tar.
         classes: Names of the classes; empty if there are no labels.
         raw: Whether samples are pixels (h w c), little-endian, instead of image files.
-        kind: What the tars are, and `note` what is left out of them, for the summary of a run.
+        kind: What the tars are, and `left_out` what is not read of them, for the user.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ShardDataset(ImageDataset):
         classes: Sequence[str] = (),
         raw: bool = False,
         kind: str = "shards",
-        note: str = "",
+        left_out: str = "",
     ) -> None:
         entries = np.concatenate([index.entries for index in indexes])
         counts = np.asarray([len(index.entries) for index in indexes], np.int64)
@@ -72,10 +72,11 @@ class ShardDataset(ImageDataset):
             spec,
             form,
             classes=classes,
-            description=f"read from {kind} {store.description}{note}",
+            description="; ".join(filter(None, [f"read from {kind} {store.description}", left_out])),
             sizes=np.stack([entries["h"], entries["w"]], axis=1) if entries["h"].all() else None,
             shard_sizes=counts if store.is_remote else None,
         )
+        self.left_out = left_out
         self._stored = form if kind == "shards" else replace(form, stretch="")  # a cache was stretched when it was made
         self.raw, self._names, self._store, self._entries = raw, names, store, entries
         self._starts: list[int] = [0, *np.cumsum(counts)[:-1].tolist()]

@@ -39,7 +39,8 @@ MAX_CLASSES = 1_000_000
 _MAX_CLASS_BYTES = 100  # a longer .cls file is a caption
 _MAX_LENGTH = int(np.iinfo(np.int32).max)  # of an image in the index; longer ones are not read anyway
 _MAX_CACHED_BYTES = 2**30  # of one tar's index
-_FORMAT = 3  # of the cached index
+_FORMAT = 4  # of the cached index
+_HIDDEN = re.compile(r"(?:^|/)\.(?!\.?(?:/|$))")  # a name that starts with a point, unlike "./" and "../"
 _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)\}*$", re.IGNORECASE)
 
 _warned: set[str] = set()  # datasets whose ignored images were reported
@@ -111,17 +112,19 @@ def scan(tar: OpenFile, name: str, last_dot: bool = False) -> ScanResult:
     """Group the files of a tar into samples, ordered by each sample's first file. Raises UserError as `iter_members`.
 
     The key of a sample is its folder and the file name up to the first dot, or the last one. Files of one key need not
-    be adjacent; a repeated extension starts a new sample. Hidden files are ignored.
+    be adjacent; a repeated extension starts a new sample. Hidden files and folders are ignored.
     """
     samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
     latest: dict[str, dict[str, tuple[int, int]]] = {}
     links = 0
     for member in iter_members(tar, name):
+        if _HIDDEN.search(member.name):
+            continue
         folder, slash, file = member.name.rpartition("/")
         stem, dot, extension = file.rpartition(".") if last_dot else file.partition(".")
         if member.is_link:
             links += file.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-        if member.is_link or not stem or not dot or stem.startswith("."):
+        if member.is_link or not dot:
             continue
         key, extension = folder + slash + stem, extension.lower()
         sample = latest.get(key)
@@ -229,7 +232,13 @@ def open_webdataset(
         raise UserError(f"no images in {spec} (found {what}); supported: {known}")
     _warn_ignored(spec, scans)
     classes, indexes = _merge_labels(names, scans)
-    return ShardDataset(spec, form, names, store, indexes, classes=classes, note=_note(scans, bool(classes)))
+    dataset = ShardDataset(spec, form, names, store, indexes, classes=classes, left_out=_left_out(scans))
+    dataset.label_hint = "an evaluation needs a .cls file with a number or a word in each sample"
+    if unlabeled := sum(scan.unlabeled for scan in scans):
+        note = f"{unlabeled:,} of {len(dataset):,} samples have no class"
+        dataset.label_hint += f", and {note}"
+        dataset.description += f"; no labels: {note}" * (unlabeled < len(dataset))
+    return dataset
 
 
 def _warn_ignored(spec: str, scans: Sequence[ScanResult]) -> None:
@@ -283,14 +292,9 @@ def _read_class_names(tars: Sequence[str], highest: int) -> list[str]:
     return names
 
 
-def _note(scans: Sequence[ScanResult], labeled: bool) -> str:
-    """Describe the samples that are left out."""
-    samples = sum(len(scan.index.entries) for scan in scans)
+def _left_out(scans: Sequence[ScanResult]) -> str:
+    """Describe what is left out, for the user; empty if nothing is."""
     ignored = sum(scan.extra_images + scan.links for scan in scans)
-    without_image, unlabeled = sum(scan.without_image for scan in scans), sum(scan.unlabeled for scan in scans)
-    notes = {
-        f"{ignored:,} images are ignored": ignored,
-        f"{without_image:,} samples without an image are ignored": without_image,
-        f"no labels: {unlabeled:,} of {samples:,} samples have no class": not labeled and unlabeled < samples,
-    }
-    return "".join(f"; {note}" for note, applies in notes.items() if applies)
+    without_image = sum(scan.without_image for scan in scans)
+    notes = {"images are ignored": ignored, "samples without an image are ignored": without_image}
+    return "; ".join(f"{count:,} {note}" for note, count in notes.items() if count)
