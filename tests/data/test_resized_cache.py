@@ -1,5 +1,6 @@
 """Test resized caches: plain tars with an index, complete or unused, with the pixels of the original images."""
 
+import csv
 import io
 import json
 import tarfile
@@ -51,6 +52,33 @@ def test_tarfile_and_the_index_read_the_same_images(pictures: Path, tmp_path: Pa
         assert min(data.image(i).shape[1:]) == 24
         resized = resize_to_cover(original, SIZE).float()
         assert (data.image(i).float() - resized).abs().mean() < 12  # JPEG compresses noise badly
+
+
+def test_a_cache_keeps_the_groups_of_a_table(pictures: Path, tmp_path: Path) -> None:
+    """Compare the groups of a cache with those of its source, without a broken image, and in another order of names."""
+    paths = sorted(path.relative_to(tmp_path).as_posix() for path in pictures.rglob("*.jpg"))
+    groups = ["p2", "p2", "", "p10", 'ü, "x"', "p2", "p10", "", "p1", "p1"]
+    with open(tmp_path / "table.csv", "w", newline="", encoding="utf-8") as file:
+        rows = [(path, path.split("/")[-2], group) for path, group in zip(paths, groups, strict=True)]
+        csv.writer(file).writerows([("path", "label", "patient"), *rows])
+    (tmp_path / paths[3]).write_bytes(b"broken")
+    make_cache(open_dataset(tmp_path / "table.csv"), tmp_path / "cache", SIZE, per_shard=4)
+    data = open_cache(tmp_path / "cache")
+    assert data.groups is not None
+    assert [data.group_names[group] for group in data.groups] == groups[:3] + groups[4:]
+    assert data.groups[2] != data.groups[6]  # images without a group
+    test = open_dataset(f"split:test,share=0.5:{tmp_path}/cache")
+    train = open_dataset(f"split:train,share=0.5:{tmp_path}/cache")
+    assert test.groups is not None and train.groups is not None and not set(test.groups) & set(train.groups)
+    with pytest.raises(UserError, match="cache with another groups"):
+        make_cache(open_dataset(f"{tmp_path}/table.csv,group=path"), tmp_path / "cache", SIZE, per_shard=4)
+    for content in (None, "[]", json.dumps(groups[::-1]), "{", "3"):
+        (tmp_path / "cache" / "groups.json").unlink()
+        if content is not None:
+            (tmp_path / "cache" / "groups.json").write_text(content)
+        with pytest.raises(UserError, match=r"groups\.json"):
+            open_cache(tmp_path / "cache")
+        (tmp_path / "cache" / "groups.json").touch()
 
 
 def test_a_raw_cache_trains_bitwise_like_the_folder(pictures: Path, tmp_path: Path, tiny_run: Make) -> None:

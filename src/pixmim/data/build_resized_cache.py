@@ -21,7 +21,17 @@ import simplejpeg
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import BadImage, ImageDataset, prefetch_in_order
 from pixmim.data.decode.limits import check_size
-from pixmim.data.resized_cache import CacheSettings, Chroma, Kind, checksum, read_index, read_settings, shard_name
+from pixmim.data.resized_cache import (
+    GROUPS_FILE,
+    CacheSettings,
+    Chroma,
+    Kind,
+    checksum,
+    encode_groups,
+    read_index,
+    read_settings,
+    shard_name,
+)
 from pixmim.data.shards.dataset import INDEX_DTYPE
 from pixmim.transforms.crops import Interpolation, cover_size, resize
 from pixmim.utils.errors import UserError
@@ -81,6 +91,8 @@ def make_cache(
     if kind == "jpeg" and (dataset.image_spec.channels not in (1, 3) or dataset.image_spec.dtype != "uint8"):
         raise UserError(f"JPEG cannot store {dataset.image_spec}, only 1 or 3 channels in uint8: pass --raw")
     rank, world_size = part or shard_assignment()
+    names = [] if dataset.groups is None else [dataset.group_names[group] for group in dataset.groups]
+    groups, groups_checksum = encode_groups(names)
     settings = CacheSettings(
         data=dataset.spec,
         fingerprint=dataset.fingerprint(),
@@ -92,9 +104,12 @@ def make_cache(
         quality=quality if kind == "jpeg" else 0,
         chroma=chroma if kind == "jpeg" else "",
         per_shard=per_shard,
+        groups=groups_checksum if names else "",
         **asdict(dataset.image_spec),
     )
     _write_or_check_settings(folder, settings)
+    if names:
+        write_text_atomically(folder / GROUPS_FILE, groups)
     start, images, written, done = time.monotonic(), 0, 0, 0
     skipped = BadImageLog(folder / (f"skipped-{rank}.csv" if world_size > 1 else "skipped.csv"), len(dataset), 1.0)
     labels = dataset.labels  # some datasets compute them at each access
@@ -174,7 +189,8 @@ def _write_or_check_settings(folder: Path, settings: CacheSettings) -> None:
     if existing is None:
         folder.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in folder.iterdir() if not path.name.endswith(".tmp")]
-        is_new = not others or (others == ["settings.json"] and read_settings(folder))  # just written by another rank
+        # Another rank may just have written the first files.
+        is_new = not others or (set(others) <= {"settings.json", GROUPS_FILE} and read_settings(folder))
         if not is_new:
             raise UserError(f"{folder} has other files and is not a cache: choose a new folder")
         write_json(folder / "settings.json", asdict(settings))
@@ -182,7 +198,7 @@ def _write_or_check_settings(folder: Path, settings: CacheSettings) -> None:
     for name, value in vars(settings).items():
         other = getattr(existing, name)
         if name != "data" and other != value:
-            values = "" if name in ("fingerprint", "classes") else f" ({other}, not {value})"
+            values = "" if name in ("fingerprint", "classes", "groups") else f" ({other}, not {value})"
             raise UserError(f"{folder} is a cache with another {name}{values}: choose another folder, or remove it")
 
 

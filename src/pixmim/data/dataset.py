@@ -152,6 +152,14 @@ class ImageDataset(ABC):
             digest.update(self.path_of(index).encode("utf-8", "surrogateescape") + b"\0")
         return digest.hexdigest()[:16]
 
+    def set_groups(self, names: Sequence[str]) -> None:
+        """Set `groups` and `group_names` from the name of each image's group, "" for an image that is its own."""
+        keys = [name or f"\0{index}" for index, name in enumerate(names)]
+        unique = sorted(set(keys))
+        number = {key: i for i, key in enumerate(unique)}
+        self.groups = np.asarray([number[key] for key in keys], np.int64)
+        self.group_names = ["" if key.startswith("\0") else key for key in unique]
+
     def prefetch(self, shards: Sequence[int]) -> None:  # noqa: B027 (most datasets have nothing to prefetch)
         """Start to fetch these shards, in order. Does not wait for them."""
 

@@ -182,9 +182,7 @@ def _make(
     about += f"; {left_out}" * bool(left_out)
     dataset = ImageFolder(spec, folders[0], paths, form, labels, classes, about, left_out)
     if "group" in columns:
-        unique = [group or f"\0{row}" for row, (_, group) in enumerate(images.values())]
-        dataset.groups, names = _number(unique)
-        dataset.group_names = ["" if name.startswith("\0") else name for name in names]
+        dataset.set_groups(_as_integers([group for _, group in images.values()]))
     return dataset
 
 
@@ -212,15 +210,18 @@ def _collect(file: Path, rows: Rows, columns: Mapping[str, int]) -> tuple[dict[s
 
 
 def _number(names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Return the number of each name among the unique ones, sorted, and these.
-
-    If all names are numbers such as 1.0, they become 1: pandas makes integers with a missing value floating-point.
-    """
-    if all(re.fullmatch(r"-?[0-9]+\.0", name) for name in set(names) if not name.startswith("\0")):
-        names = [name.removesuffix(".0") for name in names]
+    """Return the number of each name among the unique ones (see `_as_integers`), sorted, and these."""
+    names = _as_integers(names)
     unique = sorted(set(names))
     index = {name: number for number, name in enumerate(unique)}
     return np.asarray([index[name] for name in names], np.int64), unique
+
+
+def _as_integers(names: Sequence[str]) -> Sequence[str]:
+    """Return names such as 1.0 as 1 if all are so, or empty: pandas makes integers with a missing value float."""
+    if all(re.fullmatch(r"-?[0-9]+\.0", name) for name in set(names) - {""}):
+        return [name.removesuffix(".0") for name in names]
+    return names
 
 
 def _check_files(sought: Sequence[str], root: Path, file: Path, remedy: str) -> None:

@@ -1,6 +1,7 @@
 """Cache of resized images: plain tar shards, each with an index for random access.
 
     settings.json         source and settings of the cache; written first
+    groups.json           name of the group of each image of the source, if it has groups
     shard-000000.tar      WebDataset: KEY.jpg (or KEY.raw: h w c, little-endian), KEY.cls if there are labels,
                           KEY.json (path, size)
     shard-000000.index    one INDEX_DTYPE record per image, and one for the tar, with its size as `offset` and the
@@ -11,8 +12,10 @@ Shard s holds the readable ones of images s*n to (s+1)*n - 1, so any process can
 is written to a local folder, and read from there or from a URL.
 """
 
+import json
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +37,8 @@ from pixmim.utils.validation import Integer, Share, Stretch, check_value, hints_
 
 Kind = Literal["jpeg", "raw"]
 Chroma = Literal["444", "420"]
+
+GROUPS_FILE = "groups.json"
 
 _MAX_INDEX_BYTES = 2**30  # 32 million images in a shard
 _RECREATE = "remove the cache and create it again"
@@ -58,6 +63,7 @@ class CacheSettings:
     tiff_pages: TiffPages = "first"
     stretch: Stretch = ""
     max_no_data: Share = 1.0
+    groups: str = ""  # checksum of groups.json; "" without groups
 
     @property
     def num_shards(self) -> int:
@@ -80,6 +86,12 @@ def shard_name(shard: int, suffix: str) -> str:
 def checksum(entries: bytes) -> int:
     """Return the CRC-32 of an index, as a positive int32."""
     return zlib.crc32(entries) & 0x7FFFFFFF
+
+
+def encode_groups(names: Sequence[str]) -> tuple[bytes, str]:
+    """Return the content of groups.json, given the name of the group of each image, and its checksum."""
+    content = json.dumps(names).encode()
+    return content, f"{zlib.crc32(content):08x}"
 
 
 def read_settings(folder: str | Path) -> CacheSettings | None:
@@ -159,7 +171,21 @@ def open_cache(folder: str | Path, image_spec: ImageSpec = RGB, shard_cache_gib:
         kind="a cache",
     )
     dataset.label_hint = "the images that the cache was made of have none"
+    if settings.groups:
+        groups = _read_groups(cache, settings)
+        dataset.set_groups([groups[image] for entries in indexes for image in entries[:-1]["image"]])
     return dataset
+
+
+def _read_groups(cache: str, settings: CacheSettings) -> list[str]:
+    """Return the name of the group of each image of the source. Raises UserError."""
+    name = f"{cache}/{GROUPS_FILE}"
+    content = read_small_file(name, _MAX_INDEX_BYTES) or b""
+    groups = parse_json(content.decode("utf-8", "replace"), name) if content else None
+    is_list = isinstance(groups, list) and all(isinstance(group, str) for group in groups)
+    if not is_list or len(groups) != settings.images or encode_groups(groups)[1] != settings.groups:
+        raise UserError(f"{name} is missing, or not that of settings.json: {_RECREATE}")
+    return groups
 
 
 def _read_json(name: str) -> Any:
