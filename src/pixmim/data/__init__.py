@@ -11,7 +11,7 @@ from pixmim.data.image_folder import from_folder
 from pixmim.data.label_table import is_label_table, open_label_table, open_list
 from pixmim.data.resized_cache import open_cache, read_settings
 from pixmim.data.shards.fsspec_io import is_url
-from pixmim.data.shards.webdataset import find_tars, is_tar, open_webdataset
+from pixmim.data.shards.webdataset import find_tars, open_webdataset
 from pixmim.data.split import split_dataset
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.data.uri import Part, SplitSpec, read_options, read_parts, split_options
@@ -66,7 +66,7 @@ def _open_part(spec: str, image_spec: ImageSpec, shard_cache_gib: float) -> Imag
         return open_channel_files(spec, image_spec)
     if is_zip(location):
         return open_zip(spec, image_spec, shard_cache_gib)
-    if not (is_url(location) and is_tar(location)) and read_settings(location) is not None:
+    if read_settings(location) is not None:
         read_options(spec, "a resized cache", ())
         return open_cache(location, image_spec, shard_cache_gib)
     if (tars := find_tars(location)) is not None:

@@ -28,7 +28,9 @@ from pixmim.data.shards.dataset import INDEX_DTYPE, IndexEntries, ShardDataset, 
 from pixmim.data.shards.fsspec_io import file_version, is_url, read_small_file
 from pixmim.data.shards.local import FileVersion
 from pixmim.data.shards.remote import open_shards
-from pixmim.data.uri import read_parts
+from pixmim.data.shards.webdataset import is_tar
+from pixmim.data.uri import read_parts, split_options
+from pixmim.data.zip_archive import is_zip
 from pixmim.transforms.crops import Interpolation
 from pixmim.utils.errors import UserError, shown
 from pixmim.utils.files import parse_json
@@ -97,8 +99,11 @@ def encode_groups(names: Sequence[str]) -> tuple[bytes, str]:
 def read_settings(folder: str | Path) -> CacheSettings | None:
     """Read the settings of the cache in a folder or at a URL, or return None if there is no cache. Raises UserError.
 
-    A local folder with a settings.json of another program, and without a shard, is not a cache.
+    A local folder with a settings.json of another program, and without a shard, is not a cache. Of a URL that names a
+    tar or a .zip, nothing is requested: a server may answer with the archive, or refuse.
     """
+    if is_url(str(folder)) and (is_tar(str(folder)) or is_zip(str(folder))):
+        return None
     try:
         return _parse_settings(f"{folder}/settings.json")
     except UserError:
@@ -109,7 +114,7 @@ def read_settings(folder: str | Path) -> CacheSettings | None:
 
 def find_settings(spec: str) -> CacheSettings | None:
     """Return the settings of the first cache among the parts of a dataset, or None without any. Raises UserError."""
-    folders = (os.path.expanduser(part.source) for part in read_parts(spec))
+    folders = (os.path.expanduser(split_options(part.source)[0]) for part in read_parts(spec))
     return next((settings for folder in folders if (settings := read_settings(folder)) is not None), None)
 
 

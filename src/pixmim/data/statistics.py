@@ -8,6 +8,7 @@ that of all pixels around it. Full images are measured, in float64. Pixels of a 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -19,8 +20,8 @@ from pixmim.data.dataset import BadImage, DType, HasBytes, ImageDataset, ImageSp
 from pixmim.data.decode.image import ALL_BITS, read
 from pixmim.data.decode.no_data import recorded_shares
 from pixmim.data.resized_cache import read_settings
-from pixmim.data.shards.fsspec_io import is_url, read_small_file
-from pixmim.data.shards.webdataset import is_tar
+from pixmim.data.shards.fsspec_io import NoAccessError, is_url, read_small_file
+from pixmim.data.uri import Part, read_parts
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import cache_path, parse_json, read_file, write_json
@@ -188,8 +189,10 @@ def load_statistics(spec: str, image_spec: ImageSpec) -> Stats | None:
         UserError: If a remote cache cannot be reached.
     """
     path, text = statistics_path(spec, image_spec), None
-    if is_url(spec) and not is_tar(spec) and not path.exists():
-        text = read_small_file(f"{spec.rstrip('/')}/stats.json", _MAX_BYTES)
+    if is_url(spec) and read_parts(spec) == [Part(spec)] and not path.exists():
+        folder = spec.rstrip("/")
+        with suppress(NoAccessError):  # what some storages answer if there is no such file
+            text = read_small_file(f"{folder}/stats.json", _MAX_BYTES) if read_settings(folder) is not None else None
     try:
         content = parse_json((text or read_file(path, _MAX_BYTES)).decode(), str(path))
         mean, std = (tuple(float(x) for x in content[key]) for key in ("mean", "std"))

@@ -26,7 +26,7 @@ from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import ImageDataset, ImageSpec, InMemoryDataset
 from pixmim.data.loader import Loader
-from pixmim.data.resized_cache import open_cache
+from pixmim.data.resized_cache import find_settings, open_cache
 from pixmim.data.sampler import WINDOW, BatchShard
 from pixmim.data.shards import fsspec_io, remote
 from pixmim.data.shards.remote import RemoteShards
@@ -552,6 +552,16 @@ def test_statistics_of_a_remote_cache(server: Server, served: Path) -> None:
     stats = Stats((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 18, 18)
     save_statistics(str(served / "cached"), ImageSpec(), stats)
     assert load_statistics(f"{server.url}/cached/", ImageSpec()) == stats
+    server.always["/cached/stats.json"] = "403"  # what some storages answer for a missing file
+    assert load_statistics(f"{server.url}/cached/", ImageSpec()) is None
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.zip?signature=1", "x.zip,include=*.png", "x.tar?signature=1", "*.tar*2"])
+def test_nothing_is_requested_below_an_archive(server: Server, name: str) -> None:
+    server.always["/"] = "403"
+    assert find_settings(f"{server.url}/{name}") is None
+    assert load_statistics(f"{server.url}/{name}", ImageSpec()) is None
+    assert load_statistics(f"{server.url}/{name}+{server.url}/{name}", ImageSpec()) is None
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
