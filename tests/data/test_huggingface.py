@@ -205,6 +205,9 @@ def test_labels(library: Any, files: ImageFolder) -> None:
     )
     with pytest.raises(UserError, match="has no class in 2 of 10 rows, the first of them row 1"):
         ArrowDataset(hidden, "set", label="label")
+    empty = library.add_column("name", ["", "a", None] + ["b"] * 7)
+    with pytest.raises(UserError, match="has no class in 2 of 10 rows, the first of them row 0"):
+        ArrowDataset(empty, "set", label="name")
 
 
 def test_unusable_columns_and_options(library: Any, tmp_path: Path) -> None:
@@ -282,6 +285,9 @@ def test_is_arrow_dataset(library: Any, files: ImageFolder, pictures: Path, tmp_
     shards(library, pictures / "cats", "features", 1)
     assert not is_arrow_dataset(pictures / "cats")
     shards(library, tmp_path / "set" / "data", "train", 1)
+    for hidden in ("._train.jpg", "data/._train.jpg", ".thumbnails/1.png"):
+        (tmp_path / "set" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "set" / hidden).write_bytes(b"of a file manager")
     assert (
         is_arrow_dataset(tmp_path / "set")
         and is_arrow_dataset(tmp_path / "set" / "data")

@@ -90,6 +90,24 @@ def test_windows_paths_and_macos_extras(tmp_path: Path) -> None:
     assert open_dataset(str(archive)).classes == ["Emu", "cat", "dog"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "cp437"])
+def test_names_without_the_flag_of_their_encoding(encoding: str, tmp_path: Path) -> None:
+    """Write names in UTF-8 as programs on a Mac do, and in code page 437 as old ones on Windows do."""
+
+    class Unflagged(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self) -> tuple[bytes, int]:  # noqa: N802 (of the standard library)
+            return self.filename.encode(encoding), 0
+
+    image = next(make_folder(tmp_path / "photos", 1).rglob("0.png")).read_bytes()
+    names = ["Bär/é.png", "Käse/ü.png"]
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as out:
+        for name in names:
+            out.writestr(Unflagged(name), image)
+    data = open_dataset(str(tmp_path / "x.zip"))
+    assert data.classes == ["Bär", "Käse"] and data.read_array(0).shape == (20, 30, 3)
+    assert [data.path_of(i) for i in range(2)] == [f"{tmp_path}/x.zip/{name}" for name in names]
+
+
 def test_the_archive_in_a_folder_is_named(tmp_path: Path) -> None:
     pack(make_folder(tmp_path / "photos"), tmp_path / "x.zip")
     only = tmp_path / "only"

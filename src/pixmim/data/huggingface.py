@@ -12,7 +12,7 @@ import os
 import re
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,7 @@ def is_arrow_dataset(path: Path) -> bool:
     """Return True for a parquet or Arrow file, a `save_to_disk` folder, or a folder of tables.
 
     A folder of tables has them at its top or in its data/, and has no image file at any depth: a folder of images may
-    also hold a table of features.
+    also hold a table of features. Hidden files and folders do not count.
     """
     if path.is_file():
         return _suffix(path.name) in _READERS
@@ -164,11 +164,18 @@ def is_arrow_dataset(path: Path) -> bool:
     has_table = False
     for folder in filter(Path.is_dir, (path, path / "data")):
         with os.scandir(folder) as entries:
-            for entry in entries:
-                if _suffix(entry.name) in EXTENSIONS:  # do not list a million images
+            for suffix in (_suffix(entry.name) for entry in entries if not entry.name.startswith(".")):
+                if suffix in EXTENSIONS:  # do not list a million images
                     return False
-                has_table |= _suffix(entry.name) in _READERS
-    return has_table and not any(_suffix(name) in EXTENSIONS for *_, names in os.walk(path) for name in names)
+                has_table |= suffix in _READERS
+    return has_table and not any(_suffix(name) in EXTENSIONS for name in _walk_visible(path))
+
+
+def _walk_visible(path: Path) -> Iterator[str]:
+    """Yield the names of all files below a folder that are not hidden."""
+    for _, subfolders, names in os.walk(path):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (name for name in names if not name.startswith("."))
 
 
 def open_huggingface(spec: str, form: ImageSpec = RGB) -> ArrowDataset:
@@ -427,7 +434,7 @@ def _read_labels(
         if not all(isinstance(each, str) for each in classes):
             raise UserError(f"column '{column}' of {spec} has a class name that is not a string")
     elif isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "string", "large_string", "bool")):
-        unique = sorted(value for value in values.unique().to_pylist() if value is not None)
+        unique = sorted(value for value in values.unique().to_pylist() if value is not None and value != "")
         classes, numbers = list(map(str, unique)), compute.index_in(values, pyarrow.array(unique, values.type))
     else:
         raise UserError(f"column '{column}' of {spec} holds {values.type}; classes are ClassLabel, integers or strings")

@@ -12,6 +12,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def _read_table(file: OpenFile, name: str) -> tuple[Mapping[str, Member], int, i
     images, others, links, packed, encrypted = dict[str, Member](), 0, 0, 0, 0
     unsafe, repeated = [], []
     for info in infos:
-        name_inside = info.filename.replace("\\", "/")  # as some programs on Windows write it
+        name_inside = _decoded_name(info).replace("\\", "/")  # as some programs on Windows write it
         parts = [part for part in name_inside.split("/") if part not in ("", ".")]
         path = "/".join(parts)
         packed += info.compress_size
@@ -151,6 +152,14 @@ def _read_table(file: OpenFile, name: str) -> tuple[Mapping[str, Member], int, i
     if problem:
         raise UserError(f"the zip archive {name} is refused: {problem}")
     return images, others, links
+
+
+def _decoded_name(info: zipfile.ZipInfo) -> str:
+    """Return a member's name: some programs (on a Mac) write UTF-8 without the flag for it, read as code page 437."""
+    if not info.flag_bits & 0x800:
+        with suppress(UnicodeError):
+            return info.filename.encode("cp437").decode("utf-8")
+    return info.filename
 
 
 class _BoundedFile(io.FileIO):
