@@ -4,6 +4,7 @@ import html
 import json
 import os
 import shlex
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,20 @@ def test_a_list_elsewhere_names_the_folder_that_it_may_read(tiles: Path, tmp_pat
         pixmim.advise(tiles, write_list="a.json", trial=False, device="cpu")
     with pytest.raises(pixmim.UserError, match=r"--list a\.txt needs a folder"):
         pixmim.advise("shapes:count=20,size=32", write_list="a.txt", trial=False, device="cpu")
+
+
+def test_images_in_an_archive_or_a_mixture_are_not_listed(tiles: Path, tmp_path: Path) -> None:
+    """Such a list would name no files: say how to leave out masks instead."""
+    with zipfile.ZipFile("tiles.zip", "w") as archive:
+        for path in sorted(tiles.iterdir()):
+            archive.write(path)
+    for data in ("tiles.zip", f"{tiles}+{tiles}"):
+        advice = pixmim.advise(data, trial=False, device="cpu")
+        assert advice.config.data == data and len(advice.commands) == 1
+        (masks,) = (suggestion for suggestion in advice.suggestions if suggestion.topic == "masks")
+        assert f"{advice.survey.masks} files are masks" in masks.reason and "--exclude" in masks.reason
+        with pytest.raises(pixmim.UserError, match=r"--list a\.txt needs a folder"):
+            pixmim.advise(data, write_list="a.txt", trial=False, device="cpu")
 
 
 def test_a_table_keeps_near_duplicates_in_one_part_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

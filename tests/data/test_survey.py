@@ -1,5 +1,6 @@
 """Test what a survey finds in small folders."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,23 @@ def names(dataset_folder: Path) -> tuple[list[str], list[str]]:
     dataset = open_dataset(str(dataset_folder))
     images, masks = ([Path(dataset.path_of(int(i))).name for i in part] for part in split_masks(dataset))
     return images, masks
+
+
+def test_masks_are_found_whichever_source_names_the_files(tmp_path: Path) -> None:
+    """Put the data below a folder whose name is one of masks, which does not make all files candidates."""
+    root, names = tmp_path / "labels" / "set", list[str]()
+    for i in range(6):
+        names += [f"{i % 2}/{i}.jpg", f"{i % 2}/{i}_mask.png"]
+        save(root / names[-2], photo())
+        save(root / names[-1], mask())
+    (tmp_path / "list.txt").write_text("".join(f"labels/set/{name}\n" for name in names))
+    (tmp_path / "labels" / "table.csv").write_text("path\n" + "".join(f"set/{name}\n" for name in names))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in names:
+            archive.write(root / name, f"masks/set/{name}")
+    for source in ("labels/set", "labels", "list.txt", "labels/table.csv", "x.zip", "list.txt*2+labels/set"):
+        images, masks = split_masks(open_dataset("+".join(f"{tmp_path}/{part}" for part in source.split("+"))))
+        assert len(images) == len(masks) == (18 if "+" in source else 6), source
 
 
 @pytest.mark.parametrize(

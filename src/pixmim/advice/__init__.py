@@ -14,8 +14,16 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from pixmim.advice.page import write_page
-from pixmim.advice.prepare import check_list, prepare_cache, prepare_list, write_image_list
-from pixmim.advice.rules import QUESTIONS, Suggestion, apply_rules, choose_recipe, configure, judge_speed
+from pixmim.advice.prepare import can_list, check_list, prepare_cache, prepare_list, write_image_list
+from pixmim.advice.rules import (
+    QUESTIONS,
+    Suggestion,
+    apply_rules,
+    choose_recipe,
+    configure,
+    judge_speed,
+    leave_out_masks,
+)
 from pixmim.advice.speed import measure_speed
 from pixmim.config import PretrainConfig
 from pixmim.data.survey import MAX_SAMPLE, Survey, is_cache, open_unconverted, split_masks, survey
@@ -113,6 +121,8 @@ def advise(
     else:
         commands, source = prepare_list(dataset, found)
     suggestions = apply_rules(found, source, target)
+    if found.masks and not can_list(dataset):
+        suggestions.append(leave_out_masks(found))
     config, cached = configure(source, suggestions), False
     if trial:
         speed, cached = judge_speed(config, found, measure_speed(config, target), can_cache=not is_cache(dataset))

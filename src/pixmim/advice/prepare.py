@@ -19,11 +19,16 @@ from pixmim.utils.files import check_output, write_csv, write_text_atomically
 
 
 def prepare_list(dataset: ImageDataset, found: Survey) -> tuple[list[str], str]:
-    """Return the command that lists the images without masks, if there are masks, and the --data that results."""
-    if not found.masks:
+    """Return the command that lists the images without masks, if that is possible, and the --data that results."""
+    if not found.masks or not can_list(dataset):
         return [], found.data
     file = Path(f"{_name(found.data)}-images.txt")
     return [shlex.join(["pixmim", "advise", found.data, "--list", str(file)])], _list_spec(dataset, file)
+
+
+def can_list(dataset: ImageDataset) -> bool:
+    """Return True if each image is a file of its own, unlike those of a .zip or with channels in separate files."""
+    return type(dataset) is ImageFolder
 
 
 def prepare_cache(found: Survey, config: PretrainConfig, *, cached: bool) -> tuple[list[str], str]:
@@ -56,7 +61,7 @@ def check_list(dataset: ImageDataset, images: int, examined: int, file: Path, ov
     """
     if file.suffix not in (".txt", ".csv"):
         raise UserError(f"--list {file} is not the name of a list: it must end in .txt or .csv")
-    if not isinstance(dataset, ImageFolder):
+    if not can_list(dataset):
         raise UserError(f"--list {file} needs a folder of images, which {dataset.spec} is not")
     if file.suffix == ".csv" and examined < images:
         raise UserError(

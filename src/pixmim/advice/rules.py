@@ -85,6 +85,15 @@ def apply_rules(found: Survey, data: str, device: torch.device) -> list[Suggesti
     return [suggestion for suggestion in suggestions if suggestion is not None]
 
 
+def leave_out_masks(found: Survey) -> Suggestion:
+    """Return how to leave out the masks of a dataset whose images cannot be listed."""
+    reason = (
+        f"{found.masks:,} files are masks, such as {found.short(found.mask_example)}, and no list can leave them out "
+        "here: leave them out by a pattern of their names, such as --exclude '*_mask.png'"
+    )
+    return Suggestion("masks", [], reason, "measured")
+
+
 def configure(data: str, suggestions: list[Suggestion]) -> PretrainConfig:
     """Return the configuration that the flags of the suggestions give."""
     recipe, *flags = [flag for suggestion in suggestions for flag in suggestion.flags]

@@ -2,10 +2,10 @@
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -22,7 +22,6 @@ from pixmim.data.resized_cache import find_settings
 from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.spectrum import Spectrum, radial_spectrum
 from pixmim.data.statistics import choose_image_spec, count_formats, sample_indices
-from pixmim.data.uri import split_options
 from pixmim.transforms.crops import Array, CenterCrop
 from pixmim.utils.console import label, progress
 from pixmim.utils.errors import UserError
@@ -246,19 +245,24 @@ def _side(dataset: ImageDataset, indices: list[int], size: int) -> int:
 
 
 def _mask_candidates(dataset: ImageDataset) -> Iterator[Indices]:
-    """Yield the indices of files that may be masks, by folder, by name, and by a JPEG of the same name."""
+    """Yield the indices of files that may be masks, by folder, by name, and by a JPEG of the same name.
+
+    Folders that contain all files of a dataset do not count.
+    """
     by_folder, by_name, by_twin = list[int](), list[int](), list[int]()
-    root_of = cache(lambda spec: Path(os.path.expanduser(split_options(spec)[0])))
-    files = list[tuple[int, Path, Path]]()  # index, path, and the path below the folder that the user named
+    files = list[tuple[int, Path, int]]()  # index, path, and the dataset that reads it
+    folders = defaultdict[int, set[str]](set)  # of the files of each dataset
     for index in range(len(dataset)):
         source, number = dataset.locate(index)
         if isinstance(source, ImageFolder):
-            path, root = Path(source.path_of(number)), root_of(source.spec)
-            files.append((index, path, path.relative_to(root) if path.is_relative_to(root) else path))
+            path = Path(os.path.abspath(source.path_of(number)))
+            files.append((index, path, id(source)))
+            folders[id(source)].add(str(path.parent))
+    depth = {key: len(Path(os.path.commonpath(names)).parts) for key, names in folders.items()}
     lossy = {str(path.with_suffix("")) for _, path, _ in files if path.suffix.lower() in _LOSSY}
-    for index, path, inside in files:
+    for index, path, key in files:
         stem, suffix = str(path.with_suffix("")), path.suffix.lower()
-        if any(part.lower() in _MASK_FOLDERS for part in inside.parts[:-1]):
+        if any(part.lower() in _MASK_FOLDERS for part in path.parts[depth[key] : -1]):
             by_folder.append(index)
         elif _MASK_NAME.search(path.stem):
             by_name.append(index)
