@@ -51,6 +51,12 @@ def rules(device: torch.device = CPU, **changes: object) -> dict[str, Suggestion
     return {suggestion.topic: suggestion for suggestion in apply_rules(found, found.data, device)}
 
 
+def test_more_unreadable_images_than_training_allows_are_said() -> None:
+    assert "unreadable" not in rules(unreadable={"empty": (666, "a.jpg")})
+    reason = rules(unreadable={"empty": (600, "a.jpg"), "cut": (67, "b.jpg")})["unreadable"].reason
+    assert "more than 25%" in reason and "667 of 2,667" in reason
+
+
 def test_usual_photographs_need_no_more_than_a_recipe_and_a_length() -> None:
     found = rules()
     assert list(found) == ["recipe", "length", "target", "start"]

@@ -183,13 +183,16 @@ def test_embedding_resumes(model: str, pictures: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "f.npy.partial").exists()
 
 
-def test_the_data_themselves_are_never_replaced(model: str, pictures: Path) -> None:
+@pytest.mark.parametrize("data", ["TABLE", "TABLE*2", "split:test:TABLE", "split:train:shapes:count=40+TABLE"])
+def test_the_data_themselves_are_never_replaced(model: str, pictures: Path, data: str) -> None:
     table = pictures / "mine.csv"
-    table.write_text("path,label\ncats/0.jpg,cats\n")
-    weights, data = resolve_model(model), open_dataset(str(table))
+    table.write_text("path,label\n" + "".join(f"{name}/{i}.jpg,{name}\n" for name in ("cats", "dogs") for i in (0, 1)))
+    weights, dataset = resolve_model(model), open_dataset(data.replace("TABLE", str(table)))
     for overwrite in (False, True):
         with pytest.raises(UserError, match="would replace the data themselves"):
-            embedding.embed(weights, data, pictures / "mine.npy", device="cpu", precision="fp32", overwrite=overwrite)
+            embedding.embed(
+                weights, dataset, pictures / "mine.npy", device="cpu", precision="fp32", overwrite=overwrite
+            )
     assert table.read_text().startswith("path,label")
 
 

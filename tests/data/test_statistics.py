@@ -227,13 +227,16 @@ def test_pretrain_uses_the_measured_statistics(
     (pictures / "cats" / "0.jpg").write_bytes(b"<html>")
     status, text = say(capsys, "stats", "pictures", "--images", 5)
     assert status == 0 and "10 images; of 9 that could be read: 9 of 3 channels in uint8" in text
-    assert "1 cannot be read: 1: not a" in text
+    assert "1 cannot be read: 1: not a" in text and "warning" not in text
     config = PretrainConfig(data=str(pictures), std=(0.1, 0.2, 0.3))
     saved, (filled, lines) = load_statistics(str(pictures), ImageSpec()), with_dataset_stats(config)
     assert lines == ["mean and std: measured on 4 of 10 images by `pixmim stats`"]
     assert saved is not None and filled == replace(config, mean=saved.mean)
     config = PretrainConfig(data=str(pictures), channels=1)
     assert with_dataset_stats(config) == (config, [])  # another format has no statistics
+    for name in ("1", "2"):
+        (pictures / "cats" / f"{name}.jpg").write_bytes(b"")
+    assert "warning: training ends if more than 25% cannot be read" in say(capsys, "stats", "pictures")[1]
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("XDG_CACHE_HOME", str(pictures / "cats" / "0.jpg"))
         status, text = say(capsys, "stats", "pictures")

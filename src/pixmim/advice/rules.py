@@ -79,6 +79,7 @@ def apply_rules(found: Survey, data: str, device: torch.device) -> list[Suggesti
         _detail(found, recipe),
         _channels(found),
         _target(found, side),
+        _unreadable(found),
         _duplicates(found),
         _start(found, data, device),
     ]
@@ -209,6 +210,17 @@ def _target(found: Survey, side: int) -> Suggestion | None:
             "matters, train with one of these too, and compare"
         )
     return Suggestion("target", [], reason, "measured")
+
+
+def _unreadable(found: Survey) -> Suggestion | None:
+    count, allowed = sum(count for count, _ in found.unreadable.values()), PretrainConfig.max_bad_fraction
+    if count <= allowed * (count + found.examined):
+        return None
+    reason = (
+        f"training ends if more than {allowed:.0%} of the images cannot be read, here {count:,} of "
+        f"{count + found.examined:,}: mend or remove them, or train on a cache, which leaves them out"
+    )
+    return Suggestion("unreadable", [], reason, "measured")
 
 
 def _duplicates(found: Survey) -> Suggestion | None:

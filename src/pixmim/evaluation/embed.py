@@ -20,7 +20,7 @@ from torch import Tensor
 from pixmim.config import ModelConfig
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import ImageDataset
-from pixmim.data.uri import read_parts, split_options
+from pixmim.data.uri import HubSpec, split_options
 from pixmim.evaluation.context import check_finite, read_batches
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint, frozen_encoder_from_weights
 from pixmim.evaluation.visualize import to_image, to_rgb
@@ -75,7 +75,7 @@ def embed(
         if not resuming and any(path.name != LOCK_NAME for path in work.iterdir()):
             raise UserError(f"{work} is there already, and is not unfinished work: choose another --out")
         csv = [out.with_suffix(".csv")] if out.suffix == ".npy" else []
-        sources = {os.path.realpath(split_options(part.source)[0]) for part in read_parts(data.spec)}
+        sources = _source_files(data)
         for path in [out, *csv, *([] if resuming else [skipped_path])]:
             if os.path.realpath(path) in sources:
                 raise UserError(f"--out {out} would replace the data themselves, {path}: choose another name")
@@ -135,6 +135,16 @@ def embed_batches(
         for value in chosen.values():
             check_finite(value, f"features of {data.spec}")
         yield {key: value.numpy() for key, value in chosen.items()}, indices, end
+
+
+def _source_files(data: ImageDataset) -> set[str]:
+    """Return the real paths of what the parts of a dataset, also of a split, were opened from."""
+    paths = set[str]()
+    for spec in {source.spec for source, _ in map(data.locate, range(len(data)))}:
+        is_hub = spec.startswith("hf:") and not spec.startswith("hf://")
+        path = HubSpec.read(spec).path or "" if is_hub else split_options(spec)[0]
+        paths.add(os.path.realpath(os.path.expanduser(path)))
+    return paths
 
 
 def _resume(work: Path, identity: dict[str, Any]) -> int:
