@@ -177,6 +177,9 @@ def test_ade20k_layout(tmp_path: Path) -> None:
 def test_unusable_folders_and_pairs_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no folder"):
         open_segmentation(str(tmp_path / "nowhere"), ImageSpec(), "training")
+    (tmp_path / "x.zip").touch()
+    with pytest.raises(UserError, match=r"x\.zip is a file: segmentation reads a folder"):
+        open_segmentation(str(tmp_path / "x.zip"), ImageSpec(), "training")
     with pytest.raises(UserError, match="lacks images/ or masks/"):
         open_segmentation(str(tmp_path), ImageSpec(), "training")
     save_pair(tmp_path, "lonely", (4, 4), None)

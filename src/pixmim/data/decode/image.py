@@ -165,6 +165,9 @@ def _read_stored(data: bytes, form: ImageSpec) -> tuple[Array, NoData]:
 
 def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> tuple[Array, NoData]:
     """Read a sanitized TIFF, with Pillow if it supports all of it; also return where it has no data."""
+    header = headers.TiffHeader(data)
+    if header.value(header.pages(1)[0], _SAMPLES, 1) > TiffImagePlugin.MAX_SAMPLESPERPIXEL:
+        return read_tiff(data, pages)  # Pillow would log an error for each such file
     try:
         image = _open_checked(data, ("TIFF",))
     except BadImage as error:

@@ -188,6 +188,8 @@ class _Layout:
 def _find_layout(spec: str, split: Split) -> _Layout:
     root = Path(spec).expanduser()
     if not root.is_dir():
+        if root.exists():
+            raise UserError(f"{root} is a file: segmentation reads a folder of images and masks, or shapes:")
         siblings = [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else []
         raise UserError(f"there is no folder {root}{did_you_mean(root.name, siblings)}")
     images = root / "images"
