@@ -57,6 +57,7 @@ def test_masks_are_found_whichever_source_names_the_files(tmp_path: Path) -> Non
     for source in ("labels/set", "labels", "list.txt", "labels/table.csv", "x.zip", "list.txt*2+labels/set"):
         images, masks = split_masks(open_dataset("+".join(f"{tmp_path}/{part}" for part in source.split("+"))))
         assert len(images) == len(masks) == (18 if "+" in source else 6), source
+    assert examine(f"{root},exclude=*_mask.png").lines()[1] == "6 images left out by exclude=*_mask.png"
 
 
 @pytest.mark.parametrize(

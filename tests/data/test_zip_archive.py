@@ -72,6 +72,18 @@ def test_patterns_choose_images_and_are_counted(tmp_path: Path) -> None:
     assert absolute(f"{archive},include=*.jpg") == f"{archive},include=*.jpg"
 
 
+def test_images_in_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "photos")
+    for name in ("cat/a.HEIC", "b.heic", "scan.nii.gz", ".hidden/c.heic", "dog/._a.heic", "cat/notes.txt"):
+        (folder / name).write_bytes(b"")
+    for source in (str(folder), pack(folder, tmp_path / "x.zip", prefix="top/")):
+        data = open_dataset(source)
+        note = "3 images left out in formats that are not read: 2 .heic, 1 .nii.gz"
+        assert data.left_out == data.description == note
+        chosen = open_dataset(f"{source},include=*.png,include=*.gz").left_out
+        assert chosen.endswith("; 1 images left out in formats that are not read: 1 .nii.gz")
+
+
 def test_a_mixture_of_an_archive_and_a_folder(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "photos")
     mixed = open_dataset(f"{pack(folder, tmp_path / 'x.zip')}*2+{folder}")

@@ -40,6 +40,13 @@ _BLOCK = 100_000  # paths that are separate objects while a list is made
 
 EXTENSIONS = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
+UNSUPPORTED_EXTENSIONS = (
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpf", ".tga", ".psd", ".xcf", ".svg", ".exr", ".hdr"),
+    *(".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".raf", ".rw2", ".pef"),
+    *(".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".mrc", ".fits", ".czi", ".nd2", ".lif", ".oib", ".svs", ".ndpi"),
+)
+"""Extensions of image formats that are not read. Such files are left out and counted."""
+
 _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
@@ -142,9 +149,16 @@ class Listing:
 
     images: Iterable[bytes] = ()
     others: int = 0  # other files
+    unsupported: Counter[str] = field(default_factory=Counter)  # of these, those of UNSUPPORTED_EXTENSIONS
     left_out: int = 0  # images that patterns leave out
     links: int = 0  # ignored ones
     unreadable: list[bytes] = field(default_factory=list)  # folders
+
+    def add_other(self, path: str, accepts: Callable[[str], bool] | None) -> None:
+        """Count a file that is not read; as an image in an unsupported format if patterns accept it."""
+        self.others += 1
+        if path.lower().endswith(UNSUPPORTED_EXTENSIONS) and (accepts is None or accepts(path)):
+            self.unsupported[next(end for end in UNSUPPORTED_EXTENSIONS if path.lower().endswith(end))] += 1
 
 
 def open_listing(
@@ -164,6 +178,9 @@ def open_listing(
     paths = PathList(counted())
     patterns = ",".join(f"{key}={value}" for key, values in options.items() for value in values)
     notes = [f"{listing.left_out:,} images left out by {patterns}"] if options else []
+    if listing.unsupported:
+        found = ", ".join(f"{count:,} {extension}" for extension, count in listing.unsupported.most_common(5))
+        notes.append(f"{listing.unsupported.total():,} images left out in formats that are not read: {found}")
     if listing.links:
         notes.append(f"{listing.links:,} links ignored")
     if listing.unreadable:
@@ -219,7 +236,7 @@ def _walk(root: Path, accepts: Callable[[str], bool] | None, listing: Listing) -
             if path and not path.endswith(b"/"):
                 yield path
                 continue
-            found, ignored, count = list[bytes](), 0, 0
+            found, others, count = list[bytes](), list[bytes](), 0
             try:
                 status = os.stat(prefix + path)
                 if (status.st_dev, status.st_ino) in visited:
@@ -241,7 +258,7 @@ def _walk(root: Path, accepts: Callable[[str], bool] | None, listing: Listing) -
                         elif is_folder or (entry.is_symlink() and os.path.isdir(entry.path)):
                             found.append(path + entry.name + b"/")
                         else:
-                            ignored += 1
+                            others.append(path + entry.name)
             except OSError as error:
                 if not path:
                     raise
@@ -249,7 +266,8 @@ def _walk(root: Path, accepts: Callable[[str], bool] | None, listing: Listing) -
                     listing.unreadable.append(path.rstrip(b"/"))
                 continue
             add(count % 4096)
-            listing.others += ignored
+            for other in others:
+                listing.add_other(os.fsdecode(other), accepts)
             stack += sorted(found, reverse=True)
 
 

@@ -66,6 +66,7 @@ class Survey:
     duplicates: list[list[str]]  # groups of near-duplicates
     spectrum: Spectrum | None  # mean of squares of the training size; None if all are flat
     images_per_s: float  # that this machine reads, decodes and crops with all its threads
+    left_out: str = ""  # note on what the dataset leaves out
 
     @property
     def usable(self) -> int:
@@ -81,6 +82,7 @@ class Survey:
         """Return the survey as lines for a terminal."""
         short = self.short
         lines = [f"{self.images:,} images in {self.data}, of which {self.examined:,} were examined"]
+        lines += [self.left_out] if self.left_out else []
         if self.masks:
             lines.append(f"{self.masks:,} other files that are masks, such as {short(self.mask_example)}")
         for (low, median, high), side in ((self.heights, "height"), (self.widths, "width")):
@@ -176,6 +178,7 @@ def survey(
         duplicates=[[dataset.path_of(shown[i].number) for i in group] for group in groups],
         spectrum=spectrum,
         images_per_s=len(found) * num_threads(0) / max(1e-9, sum(image.seconds for image in found)),
+        left_out=dataset.left_out,
     )
 
 

@@ -108,21 +108,23 @@ def open_zip(spec: str, form: ImageSpec = RGB, shard_cache_gib: float = 50.0) ->
     accepts = name_filter(options.get("include", []), options.get("exclude", []))
     by_path = {os.fsencode(path[start:]): member for path, member in members.items() if accepts(path[start:])}
     paths = sorted(by_path)
-    listing = Listing(paths, others, left_out=len(members) - len(by_path), links=links)
+    listing = Listing(paths, left_out=len(members) - len(by_path), links=links)
+    for path in others:
+        listing.add_other(path.removeprefix(f"{common}/"), accepts)
     entries = np.asarray([by_path[path] for path in paths], _MEMBER)
     return open_listing(
         name, listing, options, lambda *rest: ZipFolder(name, store, entries, spec, Path(common), *rest), form
     )
 
 
-def _read_table(file: OpenFile, name: str) -> tuple[Mapping[str, Member], int, int]:
-    """Return the image members of an archive by path, the number of other files, and of links. Raises UserError."""
+def _read_table(file: OpenFile, name: str) -> tuple[Mapping[str, Member], list[str], int]:
+    """Return the image members of an archive by path, other files, and the number of links. Raises UserError."""
     try:
         with _BoundedFile(file.duplicate()) as table, zipfile.ZipFile(table) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, OverflowError, struct.error) as error:
         raise UserError(f"{name} is not a zip archive that can be read: {first_line(error)}") from None
-    images, others, links, packed, encrypted = dict[str, Member](), 0, 0, 0, 0
+    images, others, links, packed, encrypted = dict[str, Member](), list[str](), 0, 0, 0
     unsafe, repeated = [], []
     for info in infos:
         name_inside = _decoded_name(info).replace("\\", "/")  # as some programs on Windows write it
@@ -136,7 +138,7 @@ def _read_table(file: OpenFile, name: str) -> tuple[Mapping[str, Member], int, i
         elif stat.S_ISLNK(info.external_attr >> 16):
             links += 1
         elif posixpath.splitext(path)[1].lower() not in EXTENSIONS:
-            others += 1
+            others.append(path)
         elif path in images:
             repeated.append(shown(path))
         else:
