@@ -112,6 +112,8 @@ def test_a_large_k_is_reduced_in_its_label(product: Path, sets: Callable[..., st
 def test_classes_that_differ_only_in_spelling_are_named(tmp_path: Path) -> None:
     """Case, spaces, and a letter with a combining mark; names of other letters are not."""
     assert alike_classes(["cat", "car", "ß", "s", "a b", "ab"]) == []
+    assert alike_classes(["10", "1", "1.5", "-1", "v1", "0"]) == []
+    assert "'007' and '7' and '7.0', '0' and '00'" in alike_classes(["007", "7", "0", "70", "7.0", "00"])[0]
     (line,) = alike_classes(["Cat", "cat ", "cats", "caf\u00e9", "cafe\u0301"])
     assert line.startswith("warning: ") and "'Cat' and 'cat '" in line and "cats" not in line and line.count("caf") == 2
     for folder in ("Cat", "cat"):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,16 +109,19 @@ def check_classes(data: ImageDataset) -> str:
 
 
 def alike_classes(names: Sequence[str]) -> list[str]:
-    """Return a warning if names of classes differ only in case, spaces or the encoding of equal characters."""
+    """Return a warning if names of classes differ only in case, spaces, equal characters or the form of a number."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+        key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        number = re.fullmatch(r"(-?)0*([0-9]+)(?:\.0*)?", key)  # 007, 7 and 7.0
+        groups.setdefault(number[1] + number[2] if number else key, []).append(name)
     alike = [f"{' and '.join(repr(label(name)) for name in group)}" for group in groups.values() if len(group) > 1]
     if not alike:
         return []
     return [
-        f"warning: classes differ only in case, spaces or Unicode normalization, and are nearly always one class: "
-        f"{shortened_list(alike)}. They are measured as separate ones: rename them, unless they should be"
+        "warning: classes differ only in case, spaces, Unicode normalization or the form of a number, and are nearly "
+        f"always one class: {shortened_list(alike)}. They are measured as separate ones: rename them, unless they "
+        "should be"
     ]
 
 
