@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from pixmim import api
 from pixmim.build import build_encoder
 from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.data import open_dataset
+from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation import classifiers as imagenet
 from pixmim.evaluation import knn, robustness, shape_bias
@@ -314,9 +316,9 @@ def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
         Image.fromarray(draw.integers(0, 255, (32, 32, 3), np.uint8) // (1 + i % 4)).save(path)
     settings = RobustnessSettings(test=str(tmp_path / "test"), corruptions=("contrast",), severities=(1,))
 
-    def measured(file: Path) -> dict[str, float]:
+    def measured(file: Path, test: str = settings.test) -> dict[str, float]:
         encoder = load_frozen_encoder(str(file), device="cpu", precision="fp32")
-        return dict(robustness.evaluate_robustness(EvalContext(encoder, tmp_path), settings))
+        return dict(robustness.evaluate_robustness(EvalContext(encoder, tmp_path), replace(settings, test=test)))
 
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
         state = module.state_dict() | {f"head.{k}": v[order] for k, v in module.head.state_dict().items()}  # type: ignore[union-attr]
@@ -325,6 +327,12 @@ def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
         found.append(measured(file))
     import_weights(resolve_model(str(file)), tmp_path / "imported")
     found.append(measured(tmp_path / "imported"))
+    more = shutil.copytree(tmp_path / "test", tmp_path / "more")
+    (more / "bee").mkdir()
+    (more / "bee" / "broken.png").write_bytes(b"")
+    make_cache(open_dataset(more), tmp_path / "cache", (32, 32), kind="raw")
+    assert open_dataset(tmp_path / "cache").classes == ["a", "b", "bee", "c"]  # one of them without an image
+    found.append(measured(file, str(tmp_path / "cache")))
     assert all(other == pytest.approx(found[0]) for other in found)
     answers = module(load_frozen_encoder(str(file), device="cpu").preprocess(torch.stack([
         evaluation_crop((32, 32)).crop(image) for image in map(open_dataset(settings.test).image, range(24))

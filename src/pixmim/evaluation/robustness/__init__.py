@@ -190,7 +190,8 @@ def _open_test(context: EvalContext, settings: RobustnessSettings) -> tuple[Kind
             f"{spec.dtype}: leave them out of `evaluate all` with --no-corruptions"
         )
     data, names = context.data(settings.test), encoder_head(context).classes
-    named, kind = bool(names) and set(data.classes) <= set(names), settings.classifier
+    used = set[str]() if data.labels is None else {data.classes[label] for label in np.unique(data.labels)}
+    named, kind = bool(names) and used <= set(names), settings.classifier
     if kind == "probe" or (kind == "auto" and settings.train and not named):
         if not settings.train:
             raise UserError("a probe needs labeled clean data: pass --train")
@@ -209,9 +210,10 @@ def _open_test(context: EvalContext, settings: RobustnessSettings) -> tuple[Kind
     if not named:
         context.print("warning: the classifier does not name its classes; using the class folders in sorted order")
         return "head", LabeledImages(data, labels, data.classes)
-    if len(data.classes) < len(names):
+    known = [name for name in data.classes if name in names]
+    if len(known) < len(names):
         context.print(f"only the outputs of these classes compete, of {len(names):,} outputs of the classifier")
-    return "head", LabeledImages(data, labels, data.classes, [names.index(name) for name in data.classes])
+    return "head", LabeledImages(data, labels_among(data, known), known, [names.index(name) for name in known])
 
 
 def _in_memory(
