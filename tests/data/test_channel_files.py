@@ -131,3 +131,5 @@ def test_no_complete_sample_says_what_was_found(tmp_path: Path) -> None:
         save(tmp_path / name, 0)
     with pytest.raises(UserError, match="1, 2 in 2 samples"):
         open_dataset(f"{tmp_path},{PATTERN}")
+    with pytest.raises(UserError, match=r"channels= needs a folder of images, and .*a_c1\.tif is a file"):
+        open_dataset(f"{tmp_path}/a_c1.tif,{PATTERN}")

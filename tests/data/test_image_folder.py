@@ -291,6 +291,12 @@ def test_a_deleted_file_is_a_bad_image(pictures: Path) -> None:
 def test_errors_of_folders(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'pictures'"):
         open_dataset(str(tmp_path / "picturs"))
+    with pytest.raises(UserError, match=r"name tars only: for images, pass .*cats,include=\*\.jpg"):
+        open_dataset(f"{pictures}/cats/*.jpg")
+    assert len(open_dataset(f"{pictures}/cats,include=*.jpg")) == 5
+    for pattern in ("x-{0..3}.zip", "*.csv"):
+        with pytest.raises(UserError, match=r"name tars only: join several by \+"):
+            open_dataset(f"{tmp_path}/{pattern}")
     with pytest.raises(UserError, match="is a single image"):
         open_dataset(str(pictures / "cats" / "0.jpg"))
     (tmp_path / "empty").mkdir()

@@ -72,6 +72,10 @@ def open_channel_files(spec: str, form: ImageSpec = RGB) -> ImageFolder:
     """
     folder, options = read_options(spec, "a folder of images", ("channels", "include", "exclude"))
     pattern = options.pop("channels")[0]
+    if Path(os.path.expanduser(folder)).is_file():
+        raise UserError(
+            f"channels= needs a folder of images, and {folder} is a file: unpack it, or leave the option out"
+        )
     parts = {"{sample}": "(?P<sample>.+)", "{channel}": "(?P<channel>[^/]+?)"}
     if any(pattern.count(name) != 1 for name in parts):
         raise UserError(f"channels={pattern} must contain {{sample}} and {{channel}} once: {{sample}}_c{{channel}}.tif")

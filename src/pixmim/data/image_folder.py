@@ -277,6 +277,9 @@ def _describe_missing_folder(root: Path) -> str:
         return f"{root} {describe_file(root)}. A dataset is {kinds}"
     parent, is_file = root.parent, root.suffix.lower() in (".txt", ".csv", ".tsv", ".parquet", ".zip")
     names = [path.name for path in parent.iterdir() if path.is_dir() != is_file] if parent.is_dir() else []
+    if re.search(r"[*?\[{]", root.name):
+        way = "join several by +" if is_file or "{" in root.name else f"for images, pass {parent},include={root.name}"
+        return f"{root} does not exist, and as a pattern it can name tars only: {way}"
     return f"the {'file' if is_file else 'folder'} {root} does not exist{did_you_mean(root.name, names)}"
 
 
