@@ -187,8 +187,12 @@ def _read_groups(cache: str, settings: CacheSettings) -> list[str]:
     name = f"{cache}/{GROUPS_FILE}"
     content = read_small_file(name, _MAX_INDEX_BYTES) or b""
     groups = parse_json(content.decode("utf-8", "replace"), name) if content else None
-    is_list = isinstance(groups, list) and all(isinstance(group, str) for group in groups)
-    if not is_list or len(groups) != settings.images or encode_groups(groups)[1] != settings.groups:
+    if (
+        not isinstance(groups, list)
+        or not all(isinstance(group, str) for group in groups)
+        or len(groups) != settings.images
+        or encode_groups(groups)[1] != settings.groups
+    ):
         raise UserError(f"{name} is missing, or not that of settings.json: {_RECREATE}")
     return groups
 
