@@ -17,7 +17,7 @@ from pixmim.report.page import ENVIRONMENT, data_url
 from pixmim.targets import resolve_radius
 from pixmim.transforms.crops import CenterCrop
 from pixmim.utils.files import check_output, write_text_atomically
-from pixmim.utils.plotting import PLOT_COLORS, new_plot, plot_image
+from pixmim.utils.plotting import PLOT_COLORS, new_plot, plot_image, plot_style
 
 if TYPE_CHECKING:
     from pixmim.advice import Advice
@@ -69,6 +69,7 @@ def _thumbnails(found: Survey, paths: set[str]) -> dict[str, str]:
     return urls
 
 
+@plot_style()
 def draw_spectrum(spectrum: Spectrum) -> Image.Image:
     """Draw power against frequency with its power law, and the cut-off of PixMIM's low-pass."""
     f = np.arange(1, len(spectrum.power) + 1)

@@ -23,7 +23,7 @@ from pixmim.utils import rng
 from pixmim.utils.console import csv_cell, progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, write_csv, write_json
-from pixmim.utils.plotting import PLOT_COLORS, new_plot, plot_image
+from pixmim.utils.plotting import PLOT_COLORS, new_plot, plot_image, plot_style
 
 Values = npt.NDArray[np.float64]
 
@@ -249,6 +249,7 @@ def measure_coverage(
     return Coverage(spec, size, mask_ratio, objects, values, sampled, problems)
 
 
+@plot_style()
 def draw(coverage: Coverage, bins: int = 10) -> Image.Image:
     """Plot the mean coverage against the object's share of its image, with equally many objects per point."""
     figure, axes = new_plot(5.6, 3.6)

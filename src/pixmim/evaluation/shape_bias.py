@@ -19,7 +19,7 @@ from pixmim.evaluation.settings import ShapeBiasSettings
 from pixmim.transforms.crops import CenterCrop, evaluation_crop
 from pixmim.utils.console import plot_label
 from pixmim.utils.errors import UserError
-from pixmim.utils.plotting import new_plot, plot_image
+from pixmim.utils.plotting import new_plot, plot_image, plot_style
 
 _WITH_HEAD = "shape bias without --train"
 
@@ -139,6 +139,7 @@ def categories(scores: Float[Tensor, "b c"], groups: list[tuple[int, ...]]) -> F
     return torch.stack([probabilities[:, list(group)].mean(dim=1) for group in groups], dim=1)
 
 
+@plot_style()
 def draw(biases: dict[str, float], bias: float) -> Image.Image:
     """Draw one row per category with a dot at its shape bias, and a line at the shape bias of all."""
     figure, axes = new_plot(5.2, 0.9 + 0.26 * len(biases))

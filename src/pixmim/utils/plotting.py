@@ -1,13 +1,14 @@
 """Plots with matplotlib, imported without the configuration file of the current folder.
 
 matplotlib reads a `matplotlibrc` in the current folder, which may belong to somebody else and could, for example, have
-every label typeset by LaTeX, which runs programs. The user's own configuration is still used.
+every label typeset by LaTeX, which runs programs. The user's own configuration file is still used; styles that a
+notebook has set are not, so that plots are those of the command line.
 """
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import chdir
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +25,7 @@ with chdir(Path(__file__).parent):
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-__all__ = ["PLOT_COLORS", "Axes", "Figure", "matplotlib", "new_plot", "plot_curves", "plot_image"]
+__all__ = ["PLOT_COLORS", "Axes", "Figure", "matplotlib", "new_plot", "plot_curves", "plot_image", "plot_style"]
 
 PLOT_COLORS = ("#1f5fbf", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a", "#3b9ab2")
 
@@ -32,8 +33,21 @@ _MAX_POINTS = 2000
 _SVG_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "pixmim", "font.family": "sans-serif", "font.size": 10}
 
 
+@contextmanager
+def plot_style(style: Any = None) -> Iterator[None]:
+    """Use the settings of matplotlib's configuration file, and `style`, in a `with` statement or decorated function."""
+    with matplotlib.rc_context():
+        matplotlib.rc_file_defaults()
+        matplotlib.rcParams.update(style or {})
+        matplotlib.rcParams["text.usetex"] = False  # labels are names of files: no input for LaTeX
+        yield
+
+
 def new_plot(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return a figure of this size in inches, and its axes with a light grid and without a frame."""
+    """Return a figure of this size in inches, and its axes with a light grid and without a frame.
+
+    Call it, and draw, within `plot_style`.
+    """
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     axes: Axes = figure.add_subplot()
     axes.grid(color="#e6e6e6")
@@ -68,7 +82,7 @@ def plot_curves(
     `line` is position and label of a vertical line, `ticks` are labels of x = 0, 1, 2, ..., and `bands` are the lower
     and upper ends of a band around each value of a series, by its name.
     """
-    with matplotlib.rc_context(_SVG_STYLE):
+    with plot_style(_SVG_STYLE):
         figure, axes = new_plot(5.2, 3.0)
         for i, (name, (xs, ys)) in enumerate(series.items()):
             style, every = "--" if name in dashed else "-", slice(None, None, -(-len(xs) // _MAX_POINTS) or 1)
