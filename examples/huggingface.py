@@ -64,5 +64,7 @@ SMALL = ViTMAEConfig(
 if __name__ == "__main__":
     kinds = (".jpg", ".jpeg", ".png")
     paths = sorted(path for path in Path(sys.argv[1]).expanduser().rglob("*") if path.suffix.lower() in kinds)
+    if not paths:
+        sys.exit(f"{sys.argv[1]} has no images")
     for number, value in enumerate(train(paths, SMALL, steps=20), start=1):
         print(f"step {number}: loss {value:.4f}")

@@ -21,7 +21,10 @@ def load_images(folder: str, size: int, batch: int) -> DataLoader[Any]:
     steps = [pixmim.SimpleResizedCrop(size), v2.RandomHorizontalFlip(), v2.ToImage()]
     normalize = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), normalize])
-    return DataLoader(ImageFolder(folder, transform), batch_size=batch, shuffle=True, drop_last=True)
+    images = ImageFolder(folder, transform)
+    if len(images) < batch:  # the last batch is dropped if it is smaller: there would be none
+        sys.exit(f"{folder} has {len(images)} images, and a batch needs {batch}")
+    return DataLoader(images, batch_size=batch, shuffle=True, drop_last=True)
 
 
 def load_steps(folder: str, size: int, batch: int, steps: int) -> Iterator[torch.Tensor]:

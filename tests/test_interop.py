@@ -46,6 +46,11 @@ def test_plain_loop_example_learns(pictures: Path) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_too_few_images_for_a_batch_end_an_example(pictures: Path) -> None:
+    with pytest.raises(SystemExit, match="has 10 images, and a batch needs 11"):
+        example("plain_loop").train(str(pictures), steps=1, size=32, batch=11)
+
+
 @pytest.mark.parametrize(
     ("name", "library", "options"),
     [
