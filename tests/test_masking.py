@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import numpy as np
@@ -207,3 +208,11 @@ def test_windows_of_green_noise_are_flipped_and_shifted() -> None:
         flipped[0, column] = 0.9
         assert torch.equal(generator.sample(flipped, grid).hidden.view(6, 9), plain.flip(axis))
     assert generator.sample(torch.ones(1, 5), (200, 3)).hidden.shape == (1, 600)  # float32 may round up to 1
+
+
+def test_hidden_patches_are_bool() -> None:
+    from_hidden, hidden = inspect.unwrap(Mask.from_hidden), torch.tensor([[1, 1, 0, 0]])  # without checks of types
+    for wrong in (hidden, hidden.byte(), hidden.float(), hidden[None].bool(), hidden[0].bool(), hidden.bool().numpy()):
+        for visible in (None, 2):
+            with pytest.raises(ValueError, match=r"must be bool of shape \(b, n\)"):
+                from_hidden(wrong, visible)

@@ -174,3 +174,11 @@ def test_invalid_values_are_refused() -> None:
     for radius in (-1, math.nan, (3, 0), (math.nan, 3), (3, math.nan), (math.inf, 3)):
         with pytest.raises(ValueError, match="must not be negative"):
             LowFrequency(radius)
+
+
+def test_a_filter_of_inference_mode_is_used_in_training() -> None:
+    images = torch.rand(1, 1, 14, 14, requires_grad=True)  # a size of its own: filters are kept
+    with torch.inference_mode():
+        low_pass(images, 3)
+    low_pass(images, 3).sum().backward()
+    assert images.grad is not None and torch.allclose(images.grad, torch.ones(1, 1, 14, 14), atol=1e-5)

@@ -49,8 +49,10 @@ class Mask:
             visible: Number of visible patches in each row, if known; avoids a device synchronization.
 
         Raises:
-            ValueError: If a row hides all patches or no patch.
+            ValueError: If `hidden` is not of this type and shape, or a row hides all patches or no patch.
         """
+        if hidden.dtype != torch.bool or hidden.ndim != 2:  # ~ inverts the bits of integers
+            raise ValueError(f"hidden must be bool of shape (b, n), not {hidden.dtype} of {tuple(hidden.shape)}")
         if visible is None:
             counts = (~hidden).sum(dim=1)
             if not bool(((counts > 0) & (counts < hidden.shape[1])).all()):

@@ -17,11 +17,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Pixels(nn.Module):
+class Pixels(nn.Identity):
     """Use the image itself, as MAE and SimMIM do."""
-
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return images
 
 
 class _PixelSpace(nn.Module):
@@ -213,6 +210,7 @@ def _constant_filter(
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # autograd takes no tensors of that mode, and they are kept
 def _filter(
     size: tuple[int, int], radius: tuple[float, float], variant: Variant, dtype: torch.dtype, device: torch.device
 ) -> _Filter:
