@@ -1,12 +1,17 @@
 """Test the public API, as a notebook uses it."""
 
 import importlib
+import inspect
+import io
 import json
+import os
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ import pixmim
 from pixmim import api
 from pixmim.config import ModelConfig, OnlineKnnConfig, OptimConfig, PretrainConfig
 from pixmim.config_io import from_json, to_json
+from pixmim.data.dataset import RGB
 from pixmim.run_folder import finish_run
 from pixmim.utils.errors import UserError
 from pixmim.weights.detect import Weights
@@ -167,8 +173,9 @@ def test_a_timm_model_is_evaluated(result: pixmim.PretrainResult) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=2, num_classes=0)
     assert "k20/mean/top1" in pixmim.evaluate(model, "knn", **LABELLED, device="cpu", console=QUIET)
     data = "shapes:count=3,size=32"
-    expected, compiled = (pixmim.embed(m, data, device="cpu", console=QUIET)[0] for m in (model, torch.compile(model)))
-    assert np.array_equal(compiled, expected)
+    expected = pixmim.embed(model, data, device="cpu", console=QUIET)[0]
+    for wrapped in (torch.compile(model), torch.nn.DataParallel(model), torch.compile(torch.nn.DataParallel(model))):
+        assert np.array_equal(pixmim.embed(wrapped, data, device="cpu", console=QUIET)[0], expected)
     with pytest.raises(UserError, match="not a timm model"):
         pixmim.evaluate(torch.nn.Linear(2, 2), "knn", **LABELLED)
 
@@ -180,6 +187,94 @@ def test_a_timm_model_of_other_channels_or_precision_is_evaluated(name: str) -> 
     rows, _ = pixmim.embed(module.half(), "shapes:count=3,size=32", device="cpu", precision="fp32", console=QUIET)
     expected, _ = pixmim.embed(module.float(), "shapes:count=3,size=32", device="cpu", precision="fp32", console=QUIET)
     assert rows.shape == (3, module.num_features) and np.array_equal(rows, expected)
+
+
+@pytest.mark.parametrize("setting", ["no_grad", "inference_mode", "autocast", "dtype", "device"])
+def test_torchs_settings_of_a_notebook_change_no_result(
+    setting: str, result: pixmim.PretrainResult, tiny_run: Make, tmp_path: Path
+) -> None:
+    contexts: dict[str, Any] = {
+        "no_grad": torch.no_grad(),
+        "inference_mode": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+        "dtype": torch_dtype(torch.float64),
+        "device": torch.device("meta"),
+    }
+    with contexts[setting]:
+        run = pixmim.pretrain(tiny_run(log_every=2), tmp_path, console=QUIET, report=False)
+        rows, _ = pixmim.embed(result.encoder, "shapes:count=3,size=32", console=QUIET)
+        encoder = run.encoder
+        assert torch.get_default_dtype() == (torch.float64 if setting == "dtype" else torch.float32)
+        assert torch.is_autocast_enabled("cpu") == (setting == "autocast")
+        assert torch.is_grad_enabled() == (setting not in ("no_grad", "inference_mode"))
+        assert torch.get_default_device().type == ("meta" if setting == "device" else "cpu")
+    names = ("step", "loss", "grad_norm")
+    assert [[line[n] for n in names] for line in run.metrics] == [[line[n] for n in names] for line in result.metrics]
+    assert np.array_equal(rows, pixmim.embed(result, "shapes:count=3,size=32", console=QUIET)[0])
+    encoder(torch.rand(1, 3, 32, 32)).sum().backward()
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in encoder.blocks.parameters())  # type: ignore
+
+
+@contextmanager
+def torch_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_result_is_a_path_from_any_folder(tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = pixmim.pretrain(
+        tiny_run(steps=2, log_every=1), "run", console=QUIET, on_step_end=lambda step: os.chdir(tmp_path / "elsewhere")
+    )
+    assert run.finished and run.config.out == "run" and not list(Path().iterdir())
+    assert os.fspath(run) == str(tmp_path / "run") and [line["step"] for line in run.metrics] == [1, 2]
+    expected = run.encoder.state_dict()
+    for module in (pixmim.load_encoder(run), pixmim.load_model(run).encoder):
+        assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+    monkeypatch.chdir(tmp_path)
+    (folder,), _ = pixmim.evaluate_to_folder(run, "knn", console=QUIET, **LABELLED)
+    (file,) = (tmp_path / "run" / "evaluations").glob("knn-*.json")
+    assert folder == Path("run") and json.loads(file.read_text())["model"] == "run"  # as from the command line
+    assert pixmim.get_recipe("demo", init=run).init == str(tmp_path / "run")
+
+
+def test_numbers_are_those_of_any_library() -> None:
+    plain: Any = {"batch_size": 16, "size": "32x64", "std": (0.25, 0.5, 0.25), "model": {"options": {"depth": 3}}}
+    expected = pixmim.get_recipe("demo", **plain)
+    std, options = np.array([0.25, 0.5, 0.25], np.float32), {"depth": np.int8(3)}
+    for changes in (
+        {"batch_size": np.int64(16), "size": np.array([32, 64]), "std": std, "model": {"options": options}},
+        {"batch_size": torch.tensor(16), "size": [np.int64(32), 64], "std": [*std], "model.options": options},
+    ):
+        assert pixmim.get_recipe("demo", **changes) == expected
+    settings = {"labelled": "a", "k": np.array([1, 5]), "shots": [2, "all"], "split": np.float32(0.5)}
+    ((_, found),) = api._evaluations("knn", settings)
+    assert (found.k, found.shots, found.split) == ((1, 5), "2,all", 0.5)
+    ((_, found),) = api._evaluations("knn", {**LABELLED, "k": 5, "layers": range(1, 3)})
+    assert (found.k, found.layers) == ((5,), "1,2")
+    assert pixmim.get_recipe("demo", stretch=(1, 99), bands=1, first_sizes=[8, 16]).first_sizes == "8,16"
+    sizes = {"img_size": np.int64(32), "depth": np.int64(1), "decoder_depth": 1}
+    model = pixmim.create_model("mae", "vit_tiny_patch16_224", **sizes)
+    assert len(model.encoder.blocks) == 1  # type: ignore[arg-type]
+
+
+def test_what_is_assumed_and_skipped_is_printed(result: pixmim.PretrainResult, pictures: Path) -> None:
+    (pictures / "cats" / "0.jpg").write_bytes(b"")
+    files, known = sorted(pictures.rglob("*.jpg")), f"{result.folder}: step 6 of 6"
+    for model in (result, str(result.folder), result.encoder):
+        console = Console(file=io.StringIO(), width=200)
+        _, paths = pixmim.embed(model, (file for file in files), console=console)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert len(paths) == 9 and (known in text) == (model is not result.encoder)
+        first = " ".join(map(str, files[:3]))
+        assert f"1 of the 10 images of {first} and 7 more are skipped: 1 x " in text
+    console = Console(file=io.StringIO(), width=200)
+    pixmim.evaluate(result, "knn", console=console, **LABELLED)
+    assert known in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_wrong_values_are_refused_as_by_the_command(result: pixmim.PretrainResult, tmp_path: Path) -> None:
@@ -201,6 +296,26 @@ def test_wrong_values_are_refused_as_by_the_command(result: pixmim.PretrainResul
     for message, call in calls:
         with pytest.raises((UserError, TypeCheckError), match=f"{message}|violates type hint"):
             call()
+
+
+def test_values_of_wrong_types_are_refused(result: pixmim.PretrainResult) -> None:
+    dataset = pixmim.open_dataset("shapes:count=4")
+    images = [None, np.zeros((2, 8, 8, 3), np.uint8), torch.zeros(2, 3, 8, 8), Image.new("RGB", (8, 8)), dataset]
+    calls: list[tuple[str, Callable[..., Any], Any]] = [
+        *(("a model is a module", api._file, each) for each in (None, 3, b"a", ["a"], result.encoder.state_dict())),
+        *(("images are given as", partial(untyped(api._open), spec=RGB, console=QUIET), each) for each in images),
+        *(("data are one folder", untyped(pixmim.open_dataset), each) for each in (None, ["a", "b"])),
+        *(("needs a PretrainConfig", untyped(pixmim.pretrain), each) for each in ("demo", ModelConfig(), {})),
+        *(("there is no recipe", untyped(pixmim.get_recipe), each) for each in (None, 3)),
+    ]
+    for message, call, value in calls:
+        with pytest.raises(UserError, match=message):
+            call(value)
+
+
+def untyped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function without the type checks of tests, which users do not have."""
+    return inspect.unwrap(function)
 
 
 def test_settings_of_python_are_those_of_the_command() -> None:

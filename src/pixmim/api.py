@@ -4,7 +4,7 @@ import copy
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from hashlib import sha256
@@ -41,18 +41,23 @@ from pixmim.run_folder import PretrainResult
 from pixmim.training.precision import Precision
 from pixmim.utils.console import print_plain, utf8
 from pixmim.utils.errors import UserError, did_you_mean
-from pixmim.utils.files import check_output, check_writable, read_json
+from pixmim.utils.files import check_output, check_writable, read_json, shortened
+from pixmim.utils.torch_defaults import torch_defaults
 from pixmim.utils.validation import Count, check_value, from_python, hints_of
 from pixmim.weights.detect import Weights
-from pixmim.weights.load import resolve_model
+from pixmim.weights.load import describe, resolve_model
 
-AnyEncoder = nn.Module | PretrainResult | str | os.PathLike[str]
-"""A timm module, the result of a run, or a name: a run's folder, a file of weights, timm:NAME or hf:NAME."""
+Named = str | os.PathLike[str]
+"""The result or the folder of a run, a file of weights, timm:NAME or hf:NAME."""
 
-Images = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""Anything that --data takes, or a list of image files and folders."""
+AnyEncoder = nn.Module | Named
+"""A timm module, also compiled or in DataParallel, or the name of a model."""
+
+Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+"""Anything that --data takes, or several image files and folders."""
 
 
+@torch_defaults()
 def evaluate(
     model: AnyEncoder,
     evaluation: str,
@@ -71,7 +76,7 @@ def evaluate(
         out: Folder for the result and unfinished work, to resume from. By default nothing is saved.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
-        console: Where to print progress.
+        console: Where to print progress, and how far the weights are trained and what of them was assumed.
         **settings: Settings of the evaluation, such as `train` and `test`, or `labelled`; `pixmim evaluate NAME --help`
             lists them.
 
@@ -86,17 +91,20 @@ def evaluate(
     folder = None if out is None else _path(out)
     if folder is not None:
         _check_folder(folder)
-    encoder = _encoder(model, device, precision)
+    console = console or Console()
+    encoder = _encoder(model, device, precision, console)
     with TemporaryDirectory(prefix="pixmim-") as scratch:
-        context = EvalContext(encoder, folder or Path(scratch), "trained", console or Console())
-        (result,) = measure(context, _name(model), parts)
+        context = EvalContext(encoder, folder or Path(scratch), "trained", console)
+        name = type(_unwrapped(model)).__name__ if isinstance(model, nn.Module) else _file(model)
+        (result,) = measure(context, name, parts)
         if folder is not None:
             save(result, folder)
     return result.values
 
 
+@torch_defaults()
 def evaluate_to_folder(
-    models: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+    models: Named | Iterable[Named],
     evaluation: str,
     out: str | os.PathLike[str] | None = None,
     *,
@@ -111,7 +119,7 @@ def evaluate_to_folder(
     """Evaluate encoders side by side, save each result, and write one report. Resumes if it was interrupted.
 
     Args:
-        models: Runs' folders, files of weights, timm:NAME or hf:NAME; one, or several.
+        models: Runs, files of weights, timm:NAME or hf:NAME; one, or several.
         evaluation: As for `evaluate`, or "all".
         out: Folder for results and report. By default results are saved in a run's folder, or in evaluations/MODEL, and
             the report of several models in report.html.
@@ -132,8 +140,8 @@ def evaluate_to_folder(
     if evaluation != "all":
         check_name(evaluation)
     parts, console = _evaluations(evaluation, settings), console or Console()
-    several = [models] if isinstance(models, str | os.PathLike) else models
-    names = list(dict.fromkeys(os.fspath(model) for model in several))
+    several = [models] if isinstance(models, nn.Module | str | os.PathLike) else models
+    names = list(dict.fromkeys(map(_file, several)))
     if not names:
         raise UserError("no model is given: pass a run, a file of weights, timm:NAME or hf:NAME")
     root = _path(out) if out is not None else None
@@ -163,6 +171,7 @@ def evaluate_to_folder(
     return list(folders.values()), page
 
 
+@torch_defaults()
 def embed(
     model: AnyEncoder,
     data: Images,
@@ -183,7 +192,7 @@ def embed(
         batch_size: Images per forward pass.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
-        console: Where to print progress.
+        console: Where to print progress, how many images are skipped, and as for `evaluate`.
 
     Returns:
         Features, float32 (n, d), and the paths of the n images. Unreadable images are skipped.
@@ -192,21 +201,25 @@ def embed(
         UserError: If the encoder or the data cannot be opened, or no image can be read.
     """
     _check_embedding(features, batch_size)
-    encoder = _encoder(model, device, precision)
-    dataset = _open(data, encoder.image_spec)
+    console = console or Console()
+    encoder = _encoder(model, device, precision, console)
+    dataset = _open(data, encoder.image_spec, console)
     skipped = BadImageLog(None, len(dataset), 1.0)
     rows, paths = list[npt.NDArray[np.float32]](), list[str]()
-    batches = embed_batches(encoder, dataset, skipped, batch_size, console=console or Console(), kind=features)
+    batches = embed_batches(encoder, dataset, skipped, batch_size, console=console, kind=features)
     for batch, indices, _ in batches:
         rows.append(np.concatenate(list(batch.values()), axis=1))
         paths += [dataset.path_of(index) for index in indices.tolist()]
     if not paths:
         raise UserError(f"no image of {dataset.spec} can be read: {skipped.reasons}")
+    if line := skipped.summary(dataset):
+        print_plain(console, line)
     return np.concatenate(rows), paths
 
 
+@torch_defaults()
 def embed_to_file(
-    model: PretrainResult | Weights | str | os.PathLike[str],
+    model: Named | Weights,
     data: Images,
     out: str | os.PathLike[str],
     *,
@@ -221,7 +234,7 @@ def embed_to_file(
     """Write the features of every readable image of a dataset to a file. Resumes if it was interrupted.
 
     Args:
-        model: A result, a run's folder, a file of weights, timm:NAME, hf:NAME, or opened weights.
+        model: A run, a file of weights, timm:NAME, hf:NAME, or opened weights.
         data: The images.
         out: A .npy file, float32 (n, d), written with a .csv of the n paths; or a .parquet file.
         features: "mean" of the patch tokens, "cls" for the class token (without one, the vector that the network
@@ -231,32 +244,33 @@ def embed_to_file(
         precision: "auto", "bf16", "fp16" or "fp32".
         thumbnails: Add thumbnails and a projection to the plane to a .parquet file, for embedding-atlas and others.
         overwrite: Replace existing files.
-        console: Where to print progress and the names of the files.
+        console: Where to print progress, the names of the files, and as for `embed`.
 
     Raises:
         UserError: If the encoder or the data cannot be opened, no image can be read, or `out` exists.
     """
     _check_embedding(features, batch_size)
-    weights = model if isinstance(model, Weights) else resolve_model(_file(model))
-    dataset, console = _open(data, image_spec(weights.config)), console or Console()
+    console = console or Console()
+    weights = model if isinstance(model, Weights) else _resolve(model, console)
+    dataset = _open(data, image_spec(weights.config), console)
     options: Any = {"device": device, "precision": precision, "overwrite": overwrite, "console": console}
     options["thumbnails"] = thumbnails
-    if dataset.left_out:
-        print_plain(console, dataset.left_out)
     for line in write_embeddings(weights, dataset, _path(out), features, batch=batch_size, **options):
         print_plain(console, line)
 
 
+@torch_defaults()
 def reconstruct(
-    model: PretrainResult | Weights | str | os.PathLike[str], data: Images, *, count: int = 4, bands: str = ""
+    model: Named | Weights, data: Images, *, count: int = 4, bands: str = "", console: Console | None = None
 ) -> Image.Image:
     """Draw what a model predicts of hidden patches.
 
     Args:
-        model: A run with its decoder: a result, a folder, a file of weights, or opened weights.
+        model: A run or a file of weights with its decoder, or opened weights.
         data: The images. Of more than `count`, a random but fixed selection.
         count: Number of images, one per row.
         bands: Channels to draw as red, green and blue, counted from 1, such as "4,3,2".
+        console: Where to print as for `evaluate`.
 
     Returns:
         The drawing, with a column for each of `pixmim.report.reconstruct.COLUMNS`.
@@ -268,11 +282,12 @@ def reconstruct(
         UserError: If the model has no decoder, its pre-training is unknown, or no image can be read.
     """
     check_value("count", count, Count)
-    weights = model if isinstance(model, Weights) else resolve_model(_file(model), with_decoder=True)
+    console = console or Console()
+    weights = model if isinstance(model, Weights) else _resolve(model, console, with_decoder=True)
     weights = with_bands(weights, bands)
-    drawing = draw(weights, _open(data, image_spec(weights.config)), count)
+    drawing = draw(weights, _open(data, image_spec(weights.config), console), count)
     for line in drawing.errors:
-        warnings.warn(f"left out: {line}", stacklevel=2)
+        warnings.warn(f"left out: {line}", stacklevel=3)  # of the caller: 2 is torch_defaults
     return labeled_grid(drawing.columns, drawing.names)
 
 
@@ -357,17 +372,32 @@ def with_full_paths(settings: Any) -> Any:
     return replace(settings, **{name: absolute(getattr(settings, name)) for name in data})
 
 
-def _file(model: AnyEncoder) -> str:
-    """Return the name of a model that is in files. Raises UserError for a module."""
+def _file(model: object) -> str:
+    """Return the name of a model that is in files. Raises UserError for anything else."""
     if isinstance(model, nn.Module):
         raise UserError(f"pass a run, a file of weights or opened weights, not a module ({type(model).__name__})")
-    return _name(model)
+    if isinstance(model, PretrainResult):
+        return str(shortened(model.folder))  # as on the command line
+    name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+    if not isinstance(name, str):
+        raise UserError(f"a model is a module, a run, or the path of weights, not of type {type(model).__name__}")
+    return name
 
 
-def _name(model: AnyEncoder) -> str:
-    if isinstance(model, nn.Module):
-        return type(model).__name__
-    return str(model.folder if isinstance(model, PretrainResult) else os.fspath(model))
+def _resolve(model: Named, console: Console, with_decoder: bool = False) -> Weights:
+    """Read the weights of a model, and print how far they are trained and what of them was assumed."""
+    weights = resolve_model(name := _file(model), with_decoder=with_decoder)
+    for line in describe(name, weights):
+        print_plain(console, line)
+    return weights
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module that torch.compile, DataParallel or both of them wrap; others unchanged."""
+    wrapped: Any = getattr(module, "_orig_mod", None)
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        wrapped = module.module
+    return module if wrapped is None else _unwrapped(wrapped)
 
 
 def _path(out: str | os.PathLike[str]) -> Path:
@@ -375,20 +405,33 @@ def _path(out: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(out))
 
 
-def _open(data: Images, spec: ImageSpec) -> ImageDataset:
+def _open(data: Images, spec: ImageSpec, console: Console) -> ImageDataset:
+    """Open images, and print which of them are left out. Raises UserError."""
     if isinstance(data, str | os.PathLike):
-        return open_dataset(absolute(os.fspath(data)), spec)
-    if not data:
-        raise UserError("no images given: the list of files and folders is empty")
-    return from_paths([Path(path) for path in data], spec)
+        dataset = open_dataset(absolute(os.fspath(data)), spec)
+    else:
+        try:
+            paths = [Path(path) for path in data]
+        except TypeError as error:
+            text = f"images are given as a path, or as several of them, not as {type(data).__name__}"
+            raise UserError(f"{text}: pass the folder, or a list of files") from error
+        if not paths:
+            raise UserError("no images given: the list of files and folders is empty")
+        dataset = from_paths(paths, spec)
+    if dataset.left_out:
+        print_plain(console, dataset.left_out)
+    return dataset
 
 
-def _encoder(model: AnyEncoder, device: str, precision: Precision) -> FrozenEncoder:
+def _encoder(model: AnyEncoder, device: str, precision: Precision, console: Console) -> FrozenEncoder:
     if isinstance(model, nn.Module):
-        model = getattr(model, "_orig_mod", model)  # of a module that torch.compile wraps
+        model = _unwrapped(model)
         config = getattr(model, "pixmim_config", None) or _timm_config(model)
         return encoder_from_module(config, copy.deepcopy(model).float(), device, precision)
-    return load_frozen_encoder(_name(model), device=device, precision=precision)
+    encoder = load_frozen_encoder(_file(model), device=device, precision=precision)
+    for line in encoder.notes:
+        print_plain(console, line)
+    return encoder
 
 
 def _timm_config(module: nn.Module) -> ModelConfig:

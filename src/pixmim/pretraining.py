@@ -37,7 +37,7 @@ from pixmim.models.base import MaskedModel
 from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.report.gain import gain_summary
 from pixmim.report.reconstruct import reconstruct
-from pixmim.run_folder import PretrainResult, check_length, open_run, report_run
+from pixmim.run_folder import PretrainResult, check_config, check_length, open_run, report_run
 from pixmim.stages import build_stages
 from pixmim.training.checkpoint import CheckpointManager, is_multiple_of
 from pixmim.training.distributed import Distributed, init_distributed
@@ -62,11 +62,13 @@ from pixmim.utils.console import print_plain
 from pixmim.utils.errors import AlreadyReportedError, UserError
 from pixmim.utils.files import write_text_atomically
 from pixmim.utils.threads import num_threads
+from pixmim.utils.torch_defaults import torch_defaults
 from pixmim.utils.trust import trust_config
 from pixmim.weights.load import initialize_from, resolve_model
 from pixmim.weights.save import ENCODER_FOLDER, save_encoder
 
 
+@torch_defaults()
 def pretrain(
     config: PretrainConfig,
     out: str | os.PathLike[str] | None = None,
@@ -104,8 +106,7 @@ def pretrain(
     Raises:
         UserError: If `out` holds another run or is in use, or the configuration, data or memory do not suffice.
     """
-    if not config.data:
-        raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
+    check_config(config)
     group = init_distributed(config.device, config.parallel.timeout) if world is None else nullcontext(world)
     with group as world, ExitStack() as stack:
         console = Console(quiet=not world.is_main) if console is None else console
@@ -213,7 +214,6 @@ def _train(
     # Files of the run: only after every setting has been validated.
     config_text = to_json(config)
     if world.is_main:
-        out.mkdir(parents=True, exist_ok=True)
         write_text_atomically(out / "config.json", config_text)
     trust_config(config_text)
     summary = start_summary(config, len(data), schedule, device, precision, world, parts)
@@ -328,7 +328,7 @@ def _train(
     if world.is_main:
         save_encoder(encoder, out / ENCODER_FOLDER, config, step, schedule.steps)
         skipped_steps, bad = int(optimizer.state["skipped"].item()), merge_logs(out)
-        lines = end_summary(config, out, step, skipped_steps, bad, len(data), trainer.log.data_wait)
+        lines = end_summary(config, step, skipped_steps, bad, len(data), trainer.log.data_wait)
         for line in [*lines, *gain_summary(config, out)]:
             print_plain(console, line)
     return step, True

@@ -24,7 +24,8 @@ from pixmim.training.metric_logger import read_metrics
 from pixmim.training.optim import Schedule
 from pixmim.training.trackers import ID_FILE
 from pixmim.utils.console import print_plain
-from pixmim.utils.errors import UserError
+from pixmim.utils.errors import UserError, shown
+from pixmim.utils.files import shortened
 from pixmim.utils.lock import locked_folder
 from pixmim.utils.trust import inside
 from pixmim.weights.detect import read_run
@@ -47,11 +48,11 @@ MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """A pre-training run that has finished or was interrupted.
+    """A pre-training run that has finished or was interrupted. It is a path: functions that take a run take it too.
 
     Attributes:
         config: The configuration, as written to config.json.
-        folder: Folder of the run.
+        folder: Absolute path of the run's folder.
         step: Number of steps done.
         finished: False after an interruption; the same call resumes the run.
     """
@@ -60,6 +61,9 @@ class PretrainResult:
     folder: Path
     step: int
     finished: bool
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -90,7 +94,7 @@ def finish_run(out: str | os.PathLike[str], *, console: Console | None = None) -
     Raises:
         UserError: If the folder contains no run, or no checkpoint.
     """
-    folder, console = Path(os.path.expanduser(out)), console or Console()
+    folder, console = Path(os.path.expanduser(out)).absolute(), console or Console()
     check_links(folder)
     with locked_folder(folder, partial(print_plain, console)):
         weights = resolve_model(str(folder), with_decoder=True)
@@ -102,6 +106,7 @@ def finish_run(out: str | os.PathLike[str], *, console: Console | None = None) -
 
 def report_run(folder: Path, console: Console, data: str | None = None) -> None:
     """Write report.html of a run. `data` is as for `write_report`."""
+    folder = shortened(folder)  # the page shows it
     write_report([folder], folder / "report.html", data, lambda line: print_plain(console, f"warning: {line}"))
 
 
@@ -119,7 +124,8 @@ def open_run(
         resume: Require a run in the folder, and allow another length, and data that have moved.
 
     Returns:
-        The configuration, with absolute paths, and the mean and std of the run or the dataset; and the folder.
+        The configuration, with absolute paths, and the mean and std of the run or the dataset; and the absolute path
+        of the folder, since callbacks may change the working directory.
 
     Raises:
         UserError: If another process uses the folder, if it cannot be created, if it contains another run or files
@@ -145,7 +151,7 @@ def open_run(
             print_plain(console, line)
     # Every rank has checked the folder before rank 0 writes to it. Machines may differ in what `pixmim stats` saved.
     mean, std = world.broadcast((config.mean, config.std))
-    return replace(config, mean=mean, std=std), folder
+    return replace(config, mean=mean, std=std), folder.absolute()
 
 
 def lock_run_folder(out: str, recipe: str, world: Distributed, stack: ExitStack, console: Console) -> Path:
@@ -230,6 +236,14 @@ def check_same_run(config: PretrainConfig, out: Path, *, resume: bool = False) -
             f"--resume {shlex.quote(str(out))}"
         )
     return replace(config, mean=config.mean or started.mean, std=config.std or started.std)
+
+
+def check_config(config: object) -> None:
+    """Raise UserError unless this is the configuration of a run, with data."""
+    if not isinstance(config, PretrainConfig):
+        raise UserError(f"a run needs a PretrainConfig, as get_recipe returns one, not {shown(config)}")
+    if not config.data:
+        raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
 
 
 def check_length(out: Path, schedule: Schedule, step: int, images: int) -> list[str]:

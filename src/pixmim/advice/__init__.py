@@ -29,6 +29,7 @@ from pixmim.config import PretrainConfig
 from pixmim.data.survey import MAX_SAMPLE, Survey, is_cache, open_unconverted, split_masks, survey
 from pixmim.recipes import get_recipe
 from pixmim.training.precision import choose_device
+from pixmim.utils.torch_defaults import torch_defaults
 from pixmim.utils.validation import Integer, check_value
 
 
@@ -80,6 +81,7 @@ class Advice:
         return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
 
 
+@torch_defaults()
 def advise(
     data: str | os.PathLike[str],
     *,

@@ -96,6 +96,12 @@ class BadImageLog:
         """Number of images by reason, in a line. A reason is the message up to its first colon."""
         return "; ".join(f"{count:,} x {reason}" for reason, count in self._reasons.most_common(20))
 
+    def summary(self, dataset: ImageDataset) -> str:
+        """Return a line on how many images are skipped, and why; "" if none is."""
+        if not self._bad:
+            return ""
+        return f"{len(self):,} of the {len(dataset):,} images of {dataset.spec} are skipped: {self.reasons}"
+
     def error(self) -> UserError:
         """Return the error that ends a run, with three of the unreadable images."""
         examples = "\n".join(f"  {line}" for line in list(self._bad.values())[:3])

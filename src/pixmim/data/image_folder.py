@@ -294,7 +294,8 @@ def from_paths(paths: Sequence[str | Path], form: ImageSpec = RGB) -> ImageFolde
             files.append(str(path))
         else:
             raise UserError(f"{path} does not exist")
-    return ImageFolder(" ".join(map(str, paths)), Path(), PathList(map(os.fsencode, files)), form)
+    others = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""  # it is part of messages
+    return ImageFolder(" ".join(map(str, paths[:3])) + others, Path(), PathList(map(os.fsencode, files)), form)
 
 
 def from_list_file(spec: str | Path, form: ImageSpec = RGB, text: bytes | None = None) -> ImageFolder:

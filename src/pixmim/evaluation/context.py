@@ -102,11 +102,9 @@ class EvalContext:
 
     def print_skipped(self) -> None:
         """Print how many images of each dataset were skipped since the last call, and why, if any were."""
-        logs = [(data, log) for data, log in self._logs if len(log)]
+        lines = dict.fromkeys(log.summary(data) for data, log in self._logs)
         self._logs.clear()
-        for line in dict.fromkeys(
-            f"{len(log):,} of the {len(data):,} images of {data.spec} are skipped: {log.reasons}" for data, log in logs
-        ):
+        for line in filter(None, lines):
             self.print(line)
 
     def cached(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:

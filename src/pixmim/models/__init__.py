@@ -22,7 +22,7 @@ from pixmim.models.mae import MAE, DecoderOptions
 from pixmim.models.simmim import SimMIM
 from pixmim.utils.errors import UserError, did_you_mean, first_line, shown
 from pixmim.utils.initialization import Module
-from pixmim.utils.validation import check_name, check_options
+from pixmim.utils.validation import check_name, check_options, plain
 
 METHODS = ("mae", "lsmae", "mff", "pixio", "crossmae", "convmae", "simmim")
 
@@ -96,6 +96,7 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
         UserError: If the name, backbone or an option is unknown, or a value out of range (`pixmim.utils.validation`).
     """
     backbone = backbone or BACKBONES.get(name, "vit_base_patch16_224")
+    options = plain(options)
     _check(name, METHODS, backbone, options)
     eps = options.pop("norm_eps", None)
     with _option_errors(backbone):

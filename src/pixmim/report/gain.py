@@ -39,7 +39,7 @@ def gain_summary(config: PretrainConfig, folder: Path) -> list[str]:
     if config.keep_best and best is None:
         lines.append(f"warning: --keep-best {config.keep_best} has kept no encoder: the measure has no value")
     elif config.keep_best:
-        lines.append(f"best encoder: {best}, in {folder / BEST_FOLDER}")
+        lines.append(f"best encoder: {best}, in {Path(config.out) / BEST_FOLDER}")
     return [line for line in lines if line]
 
 

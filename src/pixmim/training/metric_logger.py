@@ -248,9 +248,7 @@ def start_summary(
     return lines
 
 
-def end_summary(
-    config: PretrainConfig, out: Path, step: int, skipped: int, bad: int, images: int, data_wait: float
-) -> list[str]:
+def end_summary(config: PretrainConfig, step: int, skipped: int, bad: int, images: int, data_wait: float) -> list[str]:
     """Return lines about a slow data pipeline, `skipped` of the steps, and `bad` of the images, if there are any."""
     lines = []
     if data_wait > DATA_BOUND:
@@ -259,5 +257,5 @@ def end_summary(
     if skipped:
         lines.append(f"{skipped} of {step} steps were skipped because their gradient was not finite")
     if bad:
-        lines.append(f"{bad} of {images} images could not be read: see {out}/skipped.csv")
+        lines.append(f"{bad} of {images} images could not be read: see {config.out}/skipped.csv")
     return lines

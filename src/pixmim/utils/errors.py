@@ -16,9 +16,9 @@ class AlreadyReportedError(UserError):
     """A UserError that another rank raises as well, and that is therefore not printed again."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the closest known word, or "" if none is similar."""
-    if len(word) > 100:  # the comparison takes quadratic time
+    if not isinstance(word, str) or len(word) > 100:  # the comparison takes quadratic time
         return ""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""

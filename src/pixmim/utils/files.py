@@ -194,6 +194,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def shortened(path: Path) -> Path:
+    """Return an absolute path relative to the working directory, if it is inside: results and pages may be shared."""
+    current = Path.cwd()
+    return path.relative_to(current) if path.is_relative_to(current) else path
+
+
 def check_writable(path: Path) -> None:
     """Raise an OSError now, before the work, if `path` cannot be written. Leaves no file or folder behind."""
     if path.is_dir():

@@ -200,18 +200,46 @@ class Settings:
 
 
 def from_python(cls: Any, values: Mapping[str, object]) -> dict[str, Any]:
-    """Return keywords of a settings class as its fields are typed: sizes may be numbers, and several values a list."""
+    """Return keywords of a settings class as its fields are typed.
+
+    Numbers may be NumPy's or torch's, sizes numbers, texts of several numbers a number or a list, and several values an
+    array, a list, or only one.
+    """
     hints, result = hints_of(cls), dict[str, Any]()
     for name, value in values.items():
-        is_size = any(isinstance(mark, Sides) for mark in getattr(hints.get(name), "__metadata__", ()))
-        result[name] = size_text(value) if is_size else tuple(value) if isinstance(value, list) else value
+        hint, value = hints.get(name), plain(value)
+        kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if any(isinstance(mark, Sides) for mark in getattr(hint, "__metadata__", ())):
+            value = size_text(value)
+        elif kind is str:
+            value = _numbers_text(value)
+        elif get_origin(kind) is tuple and isinstance(value, int | float | str):
+            value = (value,)
+        result[name] = tuple(value) if isinstance(value, list | range) else value
     return result
 
 
-def size_text(value: object) -> object:
+def size_text(value: Any) -> Any:
     """Return an integer or a pair of integers (h, w) as the text of a size, such as 192x384; others unchanged."""
     sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
     return "x".join(map(str, sides)) if all(type(side) is int for side in sides) else value
+
+
+def _numbers_text(value: object) -> object:
+    """Return a number, or several values with one among them, as a text such as 10,100,all; others unchanged."""
+    words = value if isinstance(value, list | tuple | range) else [value]
+    return ",".join(map(str, words)) if any(type(word) in (int, float) for word in words) else value
+
+
+def plain(value: Any) -> Any:
+    """Return scalars and arrays of NumPy and torch as Python's numbers and lists, in mappings and sequences too."""
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def check(settings: Any, prefix: str = "--") -> None:

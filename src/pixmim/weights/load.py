@@ -1,5 +1,6 @@
 """Load models from runs, checkpoint files or timm; initialize a run from weights; import weights into a folder."""
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -20,8 +21,9 @@ from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_folder, check_new, write_text_atomically
 from pixmim.utils.initialization import Module, WithoutInitialization, build_on_meta
 from pixmim.utils.memory import free_memory, in_gib
+from pixmim.utils.torch_defaults import torch_defaults
 from pixmim.utils.trust import inside
-from pixmim.utils.validation import Size, check_options, check_value, parse_size
+from pixmim.utils.validation import Size, check_options, check_value, parse_size, plain, size_text
 from pixmim.weights.adapt import adapt_weights, format_shape, interpolate_tables, original_key
 from pixmim.weights.detect import Weights, read_run, read_weights, with_hints
 from pixmim.weights.infer_config import ModelHints
@@ -37,14 +39,15 @@ _FACTS = ("size", "mean", "std", "prefix", "ema")
 """Hints that are no keywords of `create_model`."""
 
 
-def load_model(file: str | Path, **options: Any) -> MaskedModel:
+@torch_defaults()
+def load_model(file: str | os.PathLike[str], **options: Any) -> MaskedModel:
     """Load a pre-training model, encoder and decoder, in evaluation mode on the CPU.
 
     `load_model(file)(images, Mask.from_hidden(hidden))` predicts every patch.
 
     Args:
         file: A checkpoint file of pixmim, the methods' own code, mmselfsup, mmpretrain, OpenMixup or Hugging Face, or
-            the folder of a run.
+            a run.
         **options: Facts that the file does not contain: size ("192x384", that its tables were trained at), num_heads,
             decoder_heads, mean, std, prefix, ema. Any other keyword of `create_model` overrides the file's: with
             another img_size, position tables are interpolated.
@@ -59,7 +62,8 @@ def load_model(file: str | Path, **options: Any) -> MaskedModel:
     return build_with_weights(replace(weights, config=config), trained_at=weights.config)
 
 
-def load_encoder(file: str | Path, **options: Any) -> nn.Module:
+@torch_defaults()
+def load_encoder(file: str | os.PathLike[str], **options: Any) -> nn.Module:
     """Load an encoder, with its head if it was fine-tuned, as a timm module in evaluation mode on the CPU.
 
     Args:
@@ -76,14 +80,17 @@ def load_encoder(file: str | Path, **options: Any) -> nn.Module:
     return build_encoder_with_weights(replace(weights, config=config), trained_at=weights.config)
 
 
-def _open(file: str | Path, options: dict[str, Any], with_decoder: bool = False) -> tuple[Weights, ModelConfig]:
+def _open(
+    file: str | os.PathLike[str], options: dict[str, Any], with_decoder: bool = False
+) -> tuple[Weights, ModelConfig]:
     """Return the weights in a file, and their configuration with the caller's keywords of `create_model`."""
+    options = plain(options)
     hints = {**options, "target_size": options.get("img_size")}
     hints.pop("img_size", None)
-    weights = resolve_model(str(file), with_decoder=with_decoder, hints=hints)
+    weights = resolve_model(os.fspath(file), with_decoder=with_decoder, hints=hints)
     for note in weights.notes:
         if note.startswith(("warning: ", "assumed")):
-            warnings.warn(note.removeprefix("warning: "), stacklevel=3)
+            warnings.warn(note.removeprefix("warning: "), stacklevel=4)  # in torch_defaults's caller
     config = weights.config
     options = {name: value for name, value in options.items() if name not in _FACTS}
     check_options({name: value for name, value in options.items() if name not in ("name", "backbone")})
@@ -148,7 +155,7 @@ def resolve_model(
     """
     names, values = {one.name for one in fields(ModelHints)}, hints or {}
     known = {name: value for name, value in values.items() if name in names and value is not None}
-    if size := values.get("size"):
+    if size := size_text(values.get("size")):
         check_value("--size", size, Size)
         known["img_size"] = list(parse_size(size) or ())
     check_options({name: known[name] for name in ("num_heads", "decoder_heads") if name in known})
