@@ -304,7 +304,8 @@ def test_values_of_wrong_types_are_refused(result: pixmim.PretrainResult) -> Non
     calls: list[tuple[str, Callable[..., Any], Any]] = [
         *(("a model is a module", api._file, each) for each in (None, 3, b"a", ["a"], result.encoder.state_dict())),
         *(("images are given as", partial(untyped(api._open), spec=RGB, console=QUIET), each) for each in images),
-        *(("data are one folder", untyped(pixmim.open_dataset), each) for each in (None, ["a", "b"])),
+        *(("data are one folder", untyped(pixmim.open_dataset), each) for each in (None, b"a", ["a", "b"])),
+        ("data are one folder", untyped(pixmim.advise), ["a"]),
         *(("needs a PretrainConfig", untyped(pixmim.pretrain), each) for each in ("demo", ModelConfig(), {})),
         *(("there is no recipe", untyped(pixmim.get_recipe), each) for each in (None, 3)),
     ]

@@ -112,3 +112,17 @@ def test_a_run_with_images_on_the_device_ends_with_the_same_weights(
         pretrain(config, tmp_path / location, console=console, report=False)
     none, gpu = (load_file(tmp_path / name / "encoder/model.safetensors") for name in ("none", "gpu"))
     assert all(torch.equal(none[name], gpu[name]) for name in none)
+
+
+def test_a_loader_needs_a_dataset_a_crop_and_a_batch_size(pictures: Path, tmp_path: Path) -> None:
+    data, crop = open_dataset(pictures), SimpleResizedCrop(SIZE)
+    with create_loader(data, crop, 4, seed=3) as loader:
+        simple = [Batch(b.images.clone(), b.flip.clone(), b.indices.clone()) for b in islice(loader, 4)]
+    assert same(simple, batches("none", data, crop, 4, BatchShard(4)))
+    for path in sorted(pictures.rglob("*.jpg"))[:4]:
+        path.write_bytes(b"")
+    with (
+        pytest.raises(UserError, match="more than the 25% that a loader allows"),
+        create_loader(data, crop, 4) as loader,
+    ):
+        list(islice(loader, 4))

@@ -27,6 +27,7 @@ from pixmim.advice.rules import (
 from pixmim.advice.speed import measure_speed
 from pixmim.config import PretrainConfig
 from pixmim.data.survey import MAX_SAMPLE, Survey, is_cache, open_unconverted, split_masks, survey
+from pixmim.data.uri import spec_text
 from pixmim.recipes import get_recipe
 from pixmim.training.precision import choose_device
 from pixmim.utils.torch_defaults import torch_defaults
@@ -112,12 +113,13 @@ def advise(
     """
     check_value("--images", images, Annotated[int, Integer(1, MAX_SAMPLE)])
     target = choose_device(device)
-    dataset = open_unconverted(os.fspath(data))
+    spec = spec_text(data)
+    dataset = open_unconverted(spec)
     split = split_masks(dataset)
     if write_list is not None:
         check_list(dataset, len(split[0]), images, Path(write_list), overwrite)
     size = min(get_recipe(choose_recipe(len(split[0]), target)).image_size)
-    found = survey(os.fspath(data), dataset, split, size=size, sample=images, console=console)
+    found = survey(spec, dataset, split, size=size, sample=images, console=console)
     if write_list is not None:
         commands, source = list[str](), write_image_list(dataset, split[0], found, Path(write_list))
     else:

@@ -14,9 +14,9 @@ from pixmim.data.shards.fsspec_io import is_url
 from pixmim.data.shards.webdataset import find_tars, open_webdataset
 from pixmim.data.split import split_dataset
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.data.uri import Part, SplitSpec, read_options, read_parts, split_options
+from pixmim.data.uri import Part, SplitSpec, read_options, read_parts, spec_text, split_options
 from pixmim.data.zip_archive import is_zip, open_zip
-from pixmim.utils.errors import UserError, shown
+from pixmim.utils.errors import UserError
 
 __all__ = ["create_loader", "open_dataset"]
 
@@ -41,9 +41,7 @@ def open_dataset(
     Raises:
         UserError: If there is no such dataset, it has no images, or it is damaged.
     """
-    if not isinstance(spec, str | os.PathLike):
-        raise UserError(f"data are one folder or another source, such as 'a+b' for two folders, not {shown(spec)}")
-    if not (spec := os.fspath(spec)):
+    if not (spec := spec_text(spec)):
         raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
     parts, (split, source) = read_parts(spec), SplitSpec.read(spec)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import ImageDataset, InMemoryDataset, prefetch_in_order
 from pixmim.data.loader import Batch, BatchLoader, Finish, Loader, LoaderOptions
 from pixmim.data.sampler import BatchShard, SampleBatch
@@ -76,9 +77,30 @@ def choose_cache_location(
 
 
 def create_loader(
-    dataset: ImageDataset, crop: Crop, shard: BatchShard, location: CacheLocation, **options: Unpack[LoaderOptions]
+    dataset: ImageDataset,
+    crop: Crop,
+    shard: BatchShard | int,
+    location: CacheLocation = "none",
+    **options: Unpack[LoaderOptions],
 ) -> BatchLoader[Any, Batch]:
-    """Create the loader for a cache location, as `choose_cache_location` returns it. Options: see `BatchLoader`."""
+    """Create an endless loader of random crops, which threads prepare ahead. Use it in a `with` statement.
+
+        with pixmim.create_loader(pixmim.open_dataset("photos"), pixmim.SimpleResizedCrop(224), 64) as loader:
+            batch = next(loader)  # images (b c h w) as stored, flip (b), indices (b): copy what you keep
+
+    Args:
+        dataset: The images.
+        crop: The crop. Flips are drawn, but left to the device.
+        shard: Images per batch, or the positions that a rank of a run computes.
+        location: Where decoded images are kept: "none", "ram" or "gpu" (see `choose_cache_location`).
+        **options: Keyword arguments of `BatchLoader`: `flip` (probability, 0.5), `seed`, `threads`, `device`, `masks`,
+            and `skipped`, the log of unreadable images, of which a quarter is allowed by default.
+
+    Raises:
+        UserError: If images cannot be kept on the GPU; from the loader, if too many images are unreadable.
+    """
+    shard = shard if isinstance(shard, BatchShard) else BatchShard(shard)
+    options.setdefault("skipped", BadImageLog(None, len(dataset), 0.25, "that a loader allows by default"))
     if location == "gpu":
         return GpuLoader(dataset, crop, shard, **options)
     return Loader(InMemoryDataset(dataset) if location == "ram" else dataset, crop, shard, **options)

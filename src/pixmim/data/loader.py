@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Generic, Required, TypedDict, TypeVar, Unpack
+from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -175,7 +175,7 @@ class BatchLoader(Iterator[B], Generic[T, B]):
 class LoaderOptions(TypedDict, total=False):
     """Keyword arguments of `BatchLoader`, for subclasses."""
 
-    skipped: Required[BadImageLog]
+    skipped: BadImageLog
     flip: float
     seed: int
     masks: SampleMasks

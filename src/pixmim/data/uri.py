@@ -19,7 +19,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from pixmim.utils.errors import UserError, did_you_mean
+from pixmim.utils.errors import UserError, did_you_mean, shown
 
 _ADDRESS = re.compile(r"hf:|shapes:|[a-z][a-z0-9]*://")
 _WEIGHTED = re.compile(r"(.+)\*([0-9]+\.?[0-9]*|\.[0-9]+)", re.DOTALL)
@@ -85,6 +85,14 @@ class Part:
 
     source: str
     weight: int = 1
+
+
+def spec_text(data: object) -> str:
+    """Return what names a dataset as a text. Raises UserError unless it is one, or a path."""
+    text = os.fspath(data) if isinstance(data, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise UserError(f"data are one folder or another source, such as 'a+b' for two folders, not {shown(data)}")
+    return text
 
 
 def read_parts(spec: str) -> list[Part]:
