@@ -1,7 +1,13 @@
 """The page's web application: access and arguments of its requests."""
 
+import asyncio
 import io
 import json
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -179,3 +185,28 @@ def test_view_refuses_what_it_cannot_open(
     monkeypatch.undo()
     with pytest.raises(UserError, match="--host"):
         pixmim.view(two_runs, data="shapes:count=3,size=32", host="203.0.113.7", console=quiet, open_browser=False)
+
+
+def test_a_page_opens_in_a_notebook(two_runs: list[Path]) -> None:
+    """A notebook runs cells within an event loop."""
+    lines, statuses = io.StringIO(), list[int]()
+
+    def use() -> None:
+        for _ in range(300):
+            if "Ctrl-C" in lines.getvalue():
+                break
+            time.sleep(0.1)
+        try:
+            urllib.request.urlopen(lines.getvalue().split()[0], timeout=20)
+        except urllib.error.HTTPError as error:
+            statuses.append(error.code)
+        signal.raise_signal(signal.SIGINT)  # as the notebook's button
+
+    async def cell() -> None:
+        threading.Thread(target=use, daemon=True).start()
+        pixmim.view(two_runs[0], console=Console(file=lines, width=200), open_browser=False)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(cell())
+    loop.close()
+    assert statuses == [403]  # the token moves to a cookie, which urllib does not keep

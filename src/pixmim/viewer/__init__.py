@@ -1,17 +1,23 @@
 """A local page for runs, their encoders and one's own images: `pixmim view`."""
 
+import asyncio
 import os
 import secrets
 import socket
 import threading
 import webbrowser
 from collections.abc import Sequence
+from concurrent.futures import wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import uvicorn
 
 __all__ = ["view"]
 
@@ -67,7 +73,27 @@ def view(
         if open_browser:  # in a thread: a browser in the terminal returns when it is closed
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         settings = uvicorn.Config(build_app(page, token, host), log_level="error", access_log=False, lifespan="off")
-        uvicorn.Server(settings).run(sockets=[listener])
+        _serve(uvicorn.Server(settings), listener)
+
+
+def _serve(server: "uvicorn.Server", listener: socket.socket) -> None:
+    """Answer requests until Ctrl-C."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        server.run(sockets=[listener])
+        return
+    from pixmim.utils.threads import ThreadPool  # imports torch
+
+    # The main thread of a notebook has an event loop, and can run no second one.
+    with ThreadPool(1, "pixmim-view") as pool:
+        running = pool.submit(server.run, [listener])
+        try:
+            while not wait([running], timeout=0.5).done:  # without a timeout, a signal to another thread is not seen
+                pass
+            running.result()
+        except KeyboardInterrupt:
+            server.should_exit, server.config.timeout_graceful_shutdown = True, 2  # seconds; otherwise unbounded
 
 
 def _listen(host: str, port: int) -> socket.socket:
