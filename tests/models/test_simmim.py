@@ -124,7 +124,9 @@ def test_initial_weights_of_a_vit_follow_the_paper() -> None:
 
 
 @pytest.mark.parametrize(("options", "deviation"), [(SWIN, 0.02), (BEIT, 0.0108)], ids=["swin", "beit"])
-def test_the_first_mask_token_is_cut_at_its_deviation_on_a_vit_only(options: dict, deviation: float) -> None:
+def test_the_first_mask_token_is_cut_at_its_deviation_on_a_vit_only(
+    options: dict[str, object], deviation: float
+) -> None:
     """A normal distribution that is cut at its deviation of 0.02 has a deviation of 0.0108."""
     model = make(options | {"embed_dim": 384, "num_heads": (8, 8, 8, 8) if options is SWIN else 8})
     assert model.mask_token.std().item() == pytest.approx(deviation, rel=0.15)

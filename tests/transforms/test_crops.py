@@ -178,3 +178,11 @@ def test_leading_dimensions_of_a_tensor_have_one_crop() -> None:
         one = RandomResizedCrop(16)(batch[0, 1])
         assert found.shape == (*image.shape[:-2], 16, 16)
         assert torch.equal(found[0, 1] if image is batch else found, one if image is batch else one[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_cropped_as_float32(dtype: torch.dtype) -> None:
+    image = torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = CenterCrop(12)(image.clone().requires_grad_())
+    assert found.dtype == dtype and not found.requires_grad
+    assert torch.equal(found, CenterCrop(12)(image.float()).to(dtype))

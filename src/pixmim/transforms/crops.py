@@ -32,8 +32,6 @@ Interpolation = Literal["bicubic", "bilinear"]
 Array = npt.NDArray[Any]
 """A decoded image (h w c) of uint8, uint16 or float32."""
 
-_MODES = {"bicubic": V.InterpolationMode.BICUBIC, "bilinear": V.InterpolationMode.BILINEAR}
-
 
 class Crop(ABC):
     """Base of crops: an image and uniform numbers to a crop of fixed size."""
@@ -63,10 +61,11 @@ class Crop(ABC):
 
     def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float] = ()) -> Shaped[Tensor, "c h2 w2"]:
         """Return the crop of a tensor for uniform numbers `u` in [0, 1), computed on the CPU."""
-        array = image.cpu().permute(1, 2, 0).numpy()
+        exact = image.float() if image.is_floating_point() and image.itemsize < 4 else image  # NumPy has no bfloat16
+        array = exact.detach().cpu().permute(1, 2, 0).numpy()
         out = np.empty((*self.shape, array.shape[2]), array.dtype)
         self.crop_into(array, u, out)
-        return as_image(out).to(image.device)
+        return as_image(out).to(image)
 
     @overload
     def __call__(self, image: Image.Image) -> Image.Image: ...
@@ -266,7 +265,7 @@ def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) 
         limits, exact = torch.iinfo(image.dtype), torch.float32 if image.itemsize < 4 else torch.float64
         resized = _resize(image.to(exact), size, interpolation)
         return resized.round_().clamp_(limits.min, limits.max).to(image.dtype)
-    return V.resize(image, list(size), interpolation=_MODES[interpolation], antialias=True)
+    return V.resize(image, list(size), interpolation=V.InterpolationMode(interpolation), antialias=True)
 
 
 def _copy_window(image: Array, top: int, left: int, out: Array) -> None:
