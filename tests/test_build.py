@@ -126,6 +126,15 @@ def test_models_that_cannot_be_built_are_refused(model: ArchitectureConfig, mess
         build_model(PretrainConfig(size="96x64", model=model))
 
 
+@pytest.mark.parametrize(("low", "high"), [(-0.02, 0.02), (-2.0, 2.0), (0.02, 0.04)])
+def test_a_truncated_normal_without_initialization_ends(low: float, high: float) -> None:
+    """torch draws until all values are within the bounds: those of memory that was in use would never be."""
+    weight = torch.full((4, 4), 1e9)
+    with WithoutInitialization():
+        torch.nn.init.trunc_normal_(weight, std=0.02, a=low, b=high)
+    assert weight.abs().max() <= 2
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_built_without_initialization_differs_in_nothing_that_is_not_loaded(name: str) -> None:
     """Compare parameters and all buffers, also those that no file contains, after loading the same weights."""

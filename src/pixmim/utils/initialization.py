@@ -25,7 +25,9 @@ def seeded(seed: int) -> Iterator[None]:
 class WithoutInitialization(TorchFunctionMode):
     """Skip random initialization within a `with` statement, for modules whose weights are loaded afterwards.
 
-    It takes most of the time of building a model, above all on the meta device, where each step of it is Python.
+    It takes most of the time of building a model, above all on the meta device, where each step of it is Python. The
+    first parameter of a distribution, its mean or lower end, takes the place of random values: torch repeats draws of a
+    truncated normal until all are within its bounds, which those of unused memory may never be.
     """
 
     def __torch_function__(
@@ -35,8 +37,11 @@ class WithoutInitialization(TorchFunctionMode):
         if name in _RANDOM or name in _SCALING:
             tensor, *values = [*args, *kwargs.values()]
             constant = all(isinstance(value, int | float | None) for value in values)
+            if name in _RANDOM and not tensor.is_meta:
+                with torch.no_grad():
+                    return tensor.fill_(next((value for value in values if isinstance(value, int | float)), 0))
             if name in _RANDOM or (constant and isinstance(tensor, Tensor) and tensor.is_meta):
-                return kwargs.get("tensor", tensor)
+                return tensor
         return func(*args, **kwargs)
 
 
