@@ -165,7 +165,7 @@ def test_warnings_for_runs_far_from_their_recipe(tiny_run: Make, tmp_path: Path)
 
 
 def test_a_rate_that_would_rise_is_warned_about(tiny_run: Make, tmp_path: Path) -> None:
-    simmim = get_recipe("simmim-swin-base", batch_size=64).optim  # whose lowest rate is of 2,048 images
+    simmim = get_recipe("simmim-swin-base").optim  # whose lowest rate is of 2,048 images
     text = train(tiny_run(batch_size=64, steps=2, optim=simmim), tmp_path / "run")
     assert "--optim.min-lr 4e-05 is above the learning rate 2.5e-05 of a batch of 64" in text
     assert "warmup-start-lr" not in text

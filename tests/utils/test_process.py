@@ -130,7 +130,8 @@ def test_a_stuck_thread_does_not_delay_the_end() -> None:
 
 
 def test_a_signal_that_arrives_twice_counts_once_and_temporary_files_are_removed(tmp_path: Path) -> None:
-    body = "from pixmim.utils import files\ndef write(file):\n    ready()\n    time.sleep(100)\n"
+    body = "from pixmim.utils import files, process\nprocess.LIMIT = 60\n"  # a busy disk may take two seconds to remove
+    body += "def write(file):\n    ready()\n    time.sleep(100)\n"
     child = start(body + "files.atomic_write(Path('new.txt'), write)", cwd=tmp_path)
     wait_for(child)
     child.send_signal(signal.SIGINT)
