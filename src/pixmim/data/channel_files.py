@@ -43,11 +43,11 @@ class ChannelFiles(ImageFolder):
     def read_array(self, index: int) -> Shaped[Array, "h w c"]:
         return convert(self._read_channels(index, self.image_spec), self.image_spec)
 
-    def _read_channels(self, index: int, form: ImageSpec) -> Array:
+    def _read_channels(self, index: int, image_spec: ImageSpec) -> Array:
         arrays: list[Array] = []
         for path in self._files[self._paths[index]]:
             try:
-                arrays.append(read(read_file(path, max_bytes()), form))
+                arrays.append(read(read_file(path, max_bytes()), image_spec))
             except (OSError, BadImage) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise BadImage(f"{os.path.basename(path)}: {reason}") from None
@@ -61,7 +61,7 @@ class ChannelFiles(ImageFolder):
         return np.concatenate(arrays, axis=2)
 
 
-def open_channel_files(spec: str, form: ImageSpec = RGB) -> ImageFolder:
+def open_channel_files(spec: str, image_spec: ImageSpec = RGB) -> ImageFolder:
     """Open a folder whose files hold one channel of an image each, as in `cells,channels={sample}_c{channel}.tif`.
 
     A pattern with a slash starts at the folder; otherwise it is that of a file's name, in any subfolder. A sample
@@ -82,7 +82,9 @@ def open_channel_files(spec: str, form: ImageSpec = RGB) -> ImageFolder:
     words = re.split(r"(\{sample\}|\{channel\})", pattern)
     start = "(?P<folder>)" if "/" in pattern else "(?P<folder>(?:.*/)?)"
     expression = re.compile(start + "".join(parts.get(word) or re.escape(word) for word in words))
-    files = from_folder(",".join([folder, *(f"{name}={value}" for name in options for value in options[name])]), form)
+    files = from_folder(
+        ",".join([folder, *(f"{name}={value}" for name in options for value in options[name])]), image_spec
+    )
     root = os.path.expanduser(folder)
     samples: dict[str, dict[str, str]] = defaultdict(dict)
     for path in map(files.path_of, range(len(files))):
@@ -99,7 +101,7 @@ def open_channel_files(spec: str, form: ImageSpec = RGB) -> ImageFolder:
     if other := len(files) - sum(map(len, samples.values())):
         notes.append(f"{other:,} other images are left out")
     listing = Listing(sorted(map(os.fsencode, complete)))
-    data = open_listing(root, listing, {}, lambda *rest: ChannelFiles(complete, spec, Path(root), *rest), form)
+    data = open_listing(root, listing, {}, lambda *rest: ChannelFiles(complete, spec, Path(root), *rest), image_spec)
     data.left_out = data.description = "; ".join([*notes, *filter(None, [files.left_out])])
     return data
 

@@ -53,7 +53,7 @@ class ArrowDataset(ImageDataset):
     Args:
         dataset: The rows.
         spec: What the user passed.
-        form: Channels and dtype that images are converted to.
+        image_spec: Channels and dtype that images are converted to.
         name: Prefix of row numbers in messages; `spec` by default.
         image: Column of the library's Image, bytes, structs of bytes and path, or paths. By default the only Image
             column, or else the only column of bytes.
@@ -69,7 +69,7 @@ class ArrowDataset(ImageDataset):
         self,
         dataset: Dataset,
         spec: str,
-        form: ImageSpec = RGB,
+        image_spec: ImageSpec = RGB,
         *,
         name: str = "",
         image: str = "",
@@ -88,7 +88,7 @@ class ArrowDataset(ImageDataset):
         self._bytes, self._paths = _image_columns(dataset, column, spec)
         labels, classes, note = _read_labels(dataset, label, rows, spec)
         description = f"images from column '{column}', {note}"
-        super().__init__(spec, form, labels=labels, classes=classes, description=description)
+        super().__init__(spec, image_spec, labels=labels, classes=classes, description=description)
         self._fingerprint = f"{dataset._fingerprint}-{column}"  # covers all rows and every change of the dataset
 
     def __len__(self) -> int:
@@ -178,7 +178,7 @@ def _walk_visible(path: Path) -> Iterator[str]:
         yield from (name for name in names if not name.startswith("."))
 
 
-def open_huggingface(spec: str, form: ImageSpec = RGB) -> ArrowDataset:
+def open_huggingface(spec: str, image_spec: ImageSpec = RGB) -> ArrowDataset:
     """Open the dataset that `hf:...` or a path names (see `HubSpec`). The default split is "train", or the only one.
 
     Raises:
@@ -211,7 +211,7 @@ def open_huggingface(spec: str, form: ImageSpec = RGB) -> ArrowDataset:
             hint = did_you_mean(split, splits) or "."
             raise UserError(f"{hub} has no split '{split}'{hint} Its splits: {', '.join(splits)}")
         name, columns = f"hf:{hub.place}:{split}", {"image": hub.image, "label": hub.label}
-        return ArrowDataset(load(split), spec, form, name=name, roots=roots, url_prefix=url_prefix, **columns)
+        return ArrowDataset(load(split), spec, image_spec, name=name, roots=roots, url_prefix=url_prefix, **columns)
     except UserError:
         raise
     except Exception as error:  # networks, disks, parsers and the library's own checks

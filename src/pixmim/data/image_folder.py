@@ -85,13 +85,13 @@ class ImageFolder(ImageDataset):
         spec: str,
         root: Path,
         paths: Sequence[str],
-        form: ImageSpec = RGB,
+        image_spec: ImageSpec = RGB,
         labels: npt.NDArray[np.int64] | None = None,
         classes: Sequence[str] = (),
         description: str = "",
         left_out: str = "",
     ) -> None:
-        super().__init__(spec, form, labels=labels, classes=classes, description=description)
+        super().__init__(spec, image_spec, labels=labels, classes=classes, description=description)
         self.left_out = left_out
         self._root, self._paths = "" if root == Path() else str(root), paths
 
@@ -116,7 +116,7 @@ class ImageFolder(ImageDataset):
         return decode(self.read(index), self.image_spec)
 
 
-def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
+def from_folder(folder: str | Path, image_spec: ImageSpec = RGB) -> ImageFolder:
     """Open all images below a folder, in the byte order of their paths.
 
     Files are chosen by extension, and by options as in `photos,include=*.jpg,exclude=*_mask.png` (see `name_filter`),
@@ -135,7 +135,9 @@ def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     listing = Listing()
     listing.images = _walk(root, accepts, listing)
     try:
-        return open_listing(str(root), listing, options, lambda *rest: ImageFolder(str(folder), root, *rest), form)
+        return open_listing(
+            str(root), listing, options, lambda *rest: ImageFolder(str(folder), root, *rest), image_spec
+        )
     except OSError as error:
         raise UserError(f"the folder {root} cannot be read: {error.strerror}") from error
 
@@ -162,7 +164,11 @@ class Listing:
 
 
 def open_listing(
-    root: str, listing: Listing, options: Mapping[str, Sequence[str]], make: Callable[..., ImageFolder], form: ImageSpec
+    root: str,
+    listing: Listing,
+    options: Mapping[str, Sequence[str]],
+    make: Callable[..., ImageFolder],
+    image_spec: ImageSpec,
 ) -> ImageFolder:
     """Call `make` with a listing's paths and the arguments of `ImageFolder` after them, and return the dataset.
 
@@ -195,7 +201,7 @@ def open_listing(
         supported = " ".join(sorted(EXTENSIONS))
         raise UserError(f"no images in {root} (found {content}); supported: {supported}{example}".rstrip(". "))
     if b"" in counts:
-        dataset = make(paths, form, None, (), note, note)
+        dataset = make(paths, image_spec, None, (), note, note)
         if len(counts) > 1:
             stray_file = dataset.path_of(next(i for i, path in enumerate(paths) if "/" not in path))
             dataset.label_hint += f". {stray_file} is outside the class folders: move it into one"
@@ -203,7 +209,7 @@ def open_listing(
     classes = sorted(os.fsdecode(top[:-1]) for top in counts)
     label_of = {name: label for label, name in enumerate(classes)}
     labels = np.repeat([label_of[os.fsdecode(top[:-1])] for top in counts], list(counts.values()))
-    return make(paths, form, labels, classes, note, note)
+    return make(paths, image_spec, labels, classes, note, note)
 
 
 def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
@@ -283,22 +289,22 @@ def _describe_missing_folder(root: Path) -> str:
     return f"the {'file' if is_file else 'folder'} {root} does not exist{did_you_mean(root.name, names)}"
 
 
-def from_paths(paths: Sequence[str | Path], form: ImageSpec = RGB) -> ImageFolder:
+def from_paths(paths: Sequence[str | Path], image_spec: ImageSpec = RGB) -> ImageFolder:
     """Open image files, and all images below folders. Raises UserError if a path does not exist."""
     files: list[str] = []
     for path in (Path(os.path.expanduser(path)) for path in paths):
         if path.is_dir():
-            folder = from_folder(path, form)
+            folder = from_folder(path, image_spec)
             files += map(folder.path_of, range(len(folder)))
         elif path.is_file():
             files.append(str(path))
         else:
             raise UserError(f"{path} does not exist")
     others = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""  # it is part of messages
-    return ImageFolder(" ".join(map(str, paths[:3])) + others, Path(), PathList(map(os.fsencode, files)), form)
+    return ImageFolder(" ".join(map(str, paths[:3])) + others, Path(), PathList(map(os.fsencode, files)), image_spec)
 
 
-def from_list_file(spec: str | Path, form: ImageSpec = RGB, text: bytes | None = None) -> ImageFolder:
+def from_list_file(spec: str | Path, image_spec: ImageSpec = RGB, text: bytes | None = None) -> ImageFolder:
     """Open the images that a text file lists, one path per line, relative to the file's folder.
 
     The paths must be below that folder, or below FOLDER if the spec is `LIST.txt,root=FOLDER`. `text` is what
@@ -323,7 +329,7 @@ def from_list_file(spec: str | Path, form: ImageSpec = RGB, text: bytes | None =
         lines = b"" if is_usual else paths.text.replace(b"\0", b"\n")
         suspicious = (os.fsdecode(bytes(match[0])) for match in pattern.finditer(lines))
     check_inside(suspicious, folders, str(file), len(paths), root_remedy(name))
-    dataset = ImageFolder(str(spec), file.parent, paths, form)
+    dataset = ImageFolder(str(spec), file.parent, paths, image_spec)
     dataset.label_hint = "an evaluation needs a class in each line of the list, after the path: PATH, CLASS"
     return dataset
 

@@ -81,7 +81,7 @@ def is_label_table(file: Path, options: Mapping[str, Sequence[str]]) -> bool:
     return not any(is_kind(arrow_type) for arrow_type in schema.types for is_kind in kinds)
 
 
-def open_label_table(spec: str, form: ImageSpec = RGB) -> ImageFolder:
+def open_label_table(spec: str, image_spec: ImageSpec = RGB) -> ImageFolder:
     """Open the images that a table lists, as in `labels.csv,path=file,label=finding,group=patient,root=FOLDER`.
 
     The first three options name columns, which are otherwise those of USUAL_COLUMNS. A table without a column of
@@ -106,12 +106,12 @@ def open_label_table(spec: str, form: ImageSpec = RGB) -> ImageFolder:
     about += f", classes from '{header[columns['label']]}'" if "label" in columns else ", no classes"
     about += f", groups from '{header[columns['group']]}'" if "group" in columns else ""
     remedy = f"'{name},root=FOLDER' starts them from a folder that they are all below"
-    dataset = _make(spec, form, file, [root], rows, columns, about, remedy)
+    dataset = _make(spec, image_spec, file, [root], rows, columns, about, remedy)
     dataset.label_hint = f"add ,label=COLUMN with one of its columns: {_listed(header)}"
     return dataset
 
 
-def open_list(spec: str, form: ImageSpec = RGB) -> ImageFolder:
+def open_list(spec: str, image_spec: ImageSpec = RGB) -> ImageFolder:
     """Open the images that a .txt file lists, with their classes if its first line has one.
 
     A line is a path as `from_list_file` takes it, or with classes `PATH, CLASS`, also separated by a tab or a space:
@@ -125,7 +125,7 @@ def open_list(spec: str, form: ImageSpec = RGB) -> ImageFolder:
     text = read_utf8(file)
     separator = _separator(_first_line(text), file.parent)
     if not separator:
-        return from_list_file(spec, form, text)
+        return from_list_file(spec, image_spec, text)
 
     def rows(indices: Sequence[int]) -> Iterator[list[str]]:
         for line in map(str.strip, _lines(file, text)):
@@ -136,7 +136,9 @@ def open_list(spec: str, form: ImageSpec = RGB) -> ImageFolder:
                 yield [(path.strip(), label.strip())[index] for index in indices]
 
     folders, remedy = [file.parent, *([] if root is None else [root])], root_remedy(name)
-    return _make(spec, form, file, folders, rows, {"path": 0, "label": 1}, "a path and a class in each line", remedy)
+    return _make(
+        spec, image_spec, file, folders, rows, {"path": 0, "label": 1}, "a path and a class in each line", remedy
+    )
 
 
 def _first_line(text: bytes) -> str:
@@ -156,7 +158,7 @@ def _separator(line: str, folder: Path) -> str:
 
 def _make(
     spec: str,
-    form: ImageSpec,
+    image_spec: ImageSpec,
     file: Path,
     folders: Sequence[Path],
     rows: Rows,
@@ -180,7 +182,7 @@ def _make(
     paths = PathList(map(os.fsencode, images))
     labels, classes = _number([label for label, _ in images.values()]) if "label" in columns else (None, [])
     about += f"; {left_out}" * bool(left_out)
-    dataset = ImageFolder(spec, folders[0], paths, form, labels, classes, about, left_out)
+    dataset = ImageFolder(spec, folders[0], paths, image_spec, labels, classes, about, left_out)
     if "group" in columns:
         dataset.set_groups(_as_integers([group for _, group in images.values()]))
     return dataset

@@ -88,7 +88,7 @@ class ZipFolder(ImageFolder):
         return data
 
 
-def open_zip(spec: str, form: ImageSpec = RGB, shard_cache_gib: float = 50.0) -> ImageFolder:
+def open_zip(spec: str, image_spec: ImageSpec = RGB, shard_cache_gib: float = 50.0) -> ImageFolder:
     """Open all images in a zip archive, as those of a folder: a path or URL with options as for `from_folder`.
 
     Folders that contain everything are left out, so an archive of `photos/` is read like that folder.
@@ -113,7 +113,7 @@ def open_zip(spec: str, form: ImageSpec = RGB, shard_cache_gib: float = 50.0) ->
         listing.add_other(path.removeprefix(f"{common}/"), accepts)
     entries = np.asarray([by_path[path] for path in paths], _MEMBER)
     return open_listing(
-        name, listing, options, lambda *rest: ZipFolder(name, store, entries, spec, Path(common), *rest), form
+        name, listing, options, lambda *rest: ZipFolder(name, store, entries, spec, Path(common), *rest), image_spec
     )
 
 

@@ -31,8 +31,8 @@ class ChannelMismatch(BadImage):
     """The file has another number of channels than the run."""
 
 
-def convert(pixels: Array, form: ImageSpec) -> Array:
-    """Convert pixels (h w c) of any dtype to (h w form.channels) of form.dtype. They are not stretched: see `stretch`.
+def convert(pixels: Array, image_spec: ImageSpec) -> Array:
+    """Convert pixels (h w c) of any dtype to the channels and dtype of `image_spec`. `stretch` is another function.
 
     Raises:
         ChannelMismatch: If the number of channels differs, and is not 1 for 3 or 3 for 1.
@@ -41,21 +41,21 @@ def convert(pixels: Array, form: ImageSpec) -> Array:
     channels = pixels.shape[2]
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * np.uint8(255)
-    if channels != form.channels and (channels, form.channels) not in ((3, 1), (1, 3)):
+    if channels != image_spec.channels and (channels, image_spec.channels) not in ((3, 1), (1, 3)):
         raise ChannelMismatch(
-            f"{channels} channel{'s' * (channels > 1)} instead of {form.channels}: pass --channels {channels}"
+            f"{channels} channel{'s' * (channels > 1)} instead of {image_spec.channels}: pass --channels {channels}"
         )
-    if channels == form.channels and pixels.dtype == form.dtype and form.dtype != "float32":
+    if channels == image_spec.channels and pixels.dtype == image_spec.dtype and image_spec.dtype != "float32":
         return pixels
-    if pixels.dtype not in (np.uint8, np.uint16) and form.dtype != "float32":
+    if pixels.dtype not in (np.uint8, np.uint16) and image_spec.dtype != "float32":
         raise BadImage(
             f"{pixels.dtype} values are measurements, without a value that means white: pass --dtype float32, and "
             "measure mean and std with `pixmim stats`"
         )
-    check_bytes(pixels[..., 0].size * form.channels * form.itemsize)
-    result, invalid = np.empty((*pixels.shape[:2], form.channels), form.dtype), 0
+    check_bytes(pixels[..., 0].size * image_spec.channels * image_spec.itemsize)
+    result, invalid = np.empty((*pixels.shape[:2], image_spec.channels), image_spec.dtype), 0
     for rows in _row_blocks(pixels):
-        block = _cast(_luma(pixels[rows]) if channels > form.channels else pixels[rows], form.dtype)
+        block = _cast(_luma(pixels[rows]) if channels > image_spec.channels else pixels[rows], image_spec.dtype)
         if block.dtype == np.float32:
             invalid += block.size - int(np.isfinite(block).sum())
         result[rows] = block
@@ -64,21 +64,21 @@ def convert(pixels: Array, form: ImageSpec) -> Array:
     return result
 
 
-def stretch(pixels: Array, form: ImageSpec, missing: npt.NDArray[np.bool_] = NOT_MISSING) -> Array:
-    """Map percentiles of each channel (h w c) to the full range of form.dtype; values beyond them are clipped.
+def stretch(pixels: Array, image_spec: ImageSpec, missing: npt.NDArray[np.bool_] = NOT_MISSING) -> Array:
+    """Map percentiles of each channel (h w c) to the full range of image_spec.dtype; values beyond them are clipped.
 
     Where both percentiles are one value, minimum and maximum take their place. A flat channel becomes zero. Values that
-    are `missing` (h w c) count for nothing and become zero. Without form.stretch, the pixels are returned unchanged.
+    are `missing` (h w c) count for nothing and become zero. Without a stretch, the pixels are returned unchanged.
 
     Raises:
         BadImage: If a value that is not missing is not finite.
     """
-    if not form.stretch:
+    if not image_spec.stretch:
         return pixels
-    percentiles = np.asarray(parse_stretch(form.stretch))
-    check_bytes(pixels.size * form.itemsize)
-    result = np.empty(pixels.shape, form.dtype)
-    white = 1.0 if form.dtype == "float32" else float(np.iinfo(form.dtype).max)
+    percentiles = np.asarray(parse_stretch(image_spec.stretch))
+    check_bytes(pixels.size * image_spec.itemsize)
+    result = np.empty(pixels.shape, image_spec.dtype)
+    white = 1.0 if image_spec.dtype == "float32" else float(np.iinfo(image_spec.dtype).max)
     for k in range(pixels.shape[2]):
         channel: Array = pixels[..., k].astype(np.uint8) if pixels.dtype == bool else pixels[..., k]
         hidden = missing[..., min(k, missing.shape[2] - 1)]
@@ -93,7 +93,7 @@ def stretch(pixels: Array, form: ImageSpec, missing: npt.NDArray[np.bool_] = NOT
         scale = 1 / (high - low) if high > low else 0.0
         for rows in _row_blocks(pixels):
             values = np.clip((channel[rows].astype(np.float64) - low) * scale, 0, 1) * white
-            result[rows, :, k] = values if form.dtype == "float32" else np.rint(values)
+            result[rows, :, k] = values if image_spec.dtype == "float32" else np.rint(values)
     return result
 
 

@@ -39,33 +39,33 @@ _BLOCK = 2**20  # pixels that Pillow converts at a time
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _DEPTH = 258, 262, 277, 284, 338, 339, 32997
 
 
-def decode(data: bytes, form: ImageSpec = RGB) -> Array:
-    """Decode an image file to pixels (h w form.channels) of form.dtype. Raises BadImage."""
-    if data.startswith(headers.JPEG_MAGIC) and form.channels in (1, 3):
-        pixels = _decode_jpeg(data, 3 if form.stretch else form.channels)  # stretched first, then gray
+def decode(data: bytes, image_spec: ImageSpec = RGB) -> Array:
+    """Decode an image file to pixels (h w c), with the channels and dtype of `image_spec`. Raises BadImage."""
+    if data.startswith(headers.JPEG_MAGIC) and image_spec.channels in (1, 3):
+        pixels = _decode_jpeg(data, 3 if image_spec.stretch else image_spec.channels)  # stretched first, then gray
         if pixels is not None:
-            return convert(stretch(pixels, form), form)
-    pixels = read(data, form)
+            return convert(stretch(pixels, image_spec), image_spec)
+    pixels = read(data, image_spec)
     try:
-        return np.ascontiguousarray(convert(pixels, form))
+        return np.ascontiguousarray(convert(pixels, image_spec))
     except ChannelMismatch as error:
         is_tiff = data[:4] in headers.TIFF_MAGIC and not is_dicom(data)
-        pages = headers.count_pages(data) if is_tiff and form.tiff_pages == "first" else 1
+        pages = headers.count_pages(data) if is_tiff and image_spec.tiff_pages == "first" else 1
         hint = f"; or --tiff-pages channels, for its {pages} pages" if pages > 1 else ""
         raise BadImage(f"{error}{hint}") from None
 
 
-def read(data: bytes, form: ImageSpec = ALL_BITS) -> Array:
-    """Decode an image file to pixels (h w c) with its own channels and dtype, ready for `convert` to `form`.
+def read(data: bytes, image_spec: ImageSpec = ALL_BITS) -> Array:
+    """Decode an image file to pixels (h w c) with its own channels and dtype, ready for `convert` to `image_spec`.
 
-    Pages of TIFF and DICOM, percentiles to stretch, which give pixels of form.dtype, and the largest share without data
-    are those of `form`. For uint8 without stretching, Pillow reads the upper 8 of 16 bits of color, and no other
+    Pages of TIFF and DICOM, percentiles to stretch, which give pixels of its dtype, and the largest share without data
+    are those of `image_spec`. For uint8 without stretching, Pillow reads the upper 8 of 16 bits of color, and no other
     library is needed. For float32, DICOM is read as measurements.
 
     Raises:
         BadImage: If that is not possible.
     """
-    return run_with_time_limit(lambda: _read(data, form))
+    return run_with_time_limit(lambda: _read(data, image_spec))
 
 
 def read_numbers(data: bytes, *, color: bool = False) -> Array:
@@ -129,15 +129,15 @@ def _decode_jpeg(data: bytes, channels: int) -> Array | None:
     return apply_exif_orientation(pixels, header.orientation)
 
 
-def _read(data: bytes, form: ImageSpec) -> Array:
-    pixels, no_data = _read_stored(data, form)
+def _read(data: bytes, image_spec: ImageSpec) -> Array:
+    pixels, no_data = _read_stored(data, image_spec)
     no_data = no_data.of_channels(pixels.shape[2])
-    return fill_no_data(stretch(pixels, form, no_data.missing), no_data, form.max_no_data)
+    return fill_no_data(stretch(pixels, image_spec, no_data.missing), no_data, image_spec.max_no_data)
 
 
-def _read_stored(data: bytes, form: ImageSpec) -> tuple[Array, NoData]:
+def _read_stored(data: bytes, image_spec: ImageSpec) -> tuple[Array, NoData]:
     """Decode an image file; also return where it has no data, as the values in it say."""
-    deep = form.dtype != "uint8" or bool(form.stretch)
+    deep = image_spec.dtype != "uint8" or bool(image_spec.stretch)
     if not data:
         raise BadImage("the file is empty")
     if data.startswith(NPY_MAGIC):
@@ -149,10 +149,12 @@ def _read_stored(data: bytes, form: ImageSpec) -> tuple[Array, NoData]:
             orientation = _orientation(image)
         return read_png16(data, width, height, orientation), NoData()
     if is_dicom(data):  # before TIFF, whose header some files have in their preamble
-        return read_dicom(data, form.tiff_pages, "uint16" if deep and form.dtype == "uint8" else form.dtype), NoData()
+        return read_dicom(
+            data, image_spec.tiff_pages, "uint16" if deep and image_spec.dtype == "uint8" else image_spec.dtype
+        ), NoData()
     if data[:4] in headers.TIFF_MAGIC:
-        tiff = headers.sanitize_tiff(data, form.tiff_pages)
-        return _read_tiff(tiff, form.tiff_pages, deep)
+        tiff = headers.sanitize_tiff(data, image_spec.tiff_pages)
+        return _read_tiff(tiff, image_spec.tiff_pages, deep)
     with open_image(data) as image:
         if image.format == "PPM" and deep and image.mode == "RGB" and _ppm_max_value(image) > 255:
             raise BadImage("Pillow reads only 8 bits of 16-bit color PPM: save it as PNG or TIFF")

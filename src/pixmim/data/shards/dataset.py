@@ -44,7 +44,7 @@ class ShardDataset(ImageDataset):
 
     Args:
         spec: What the user passed.
-        form: Channels and dtype that images are converted to.
+        image_spec: Channels and dtype that images are converted to.
         names: Paths or URLs of the tars, for messages.
         store: Reads the tars.
         indexes: The samples of each tar.
@@ -56,7 +56,7 @@ class ShardDataset(ImageDataset):
     def __init__(
         self,
         spec: str,
-        form: ImageSpec,
+        image_spec: ImageSpec,
         names: Sequence[str],
         store: ShardStore,
         indexes: Sequence[ShardIndex],
@@ -70,14 +70,16 @@ class ShardDataset(ImageDataset):
         counts = np.asarray([len(index.entries) for index in indexes], np.int64)
         super().__init__(
             spec,
-            form,
+            image_spec,
             classes=classes,
             description="; ".join(filter(None, [f"read from {kind} {store.description}", left_out])),
             sizes=np.stack([entries["h"], entries["w"]], axis=1) if entries["h"].all() else None,
             shard_sizes=counts if store.is_remote else None,
         )
         self.left_out = left_out
-        self._stored = form if kind == "shards" else replace(form, stretch="")  # a cache was stretched when it was made
+        self._stored = (
+            image_spec if kind == "shards" else replace(image_spec, stretch="")
+        )  # a cache was stretched when it was made
         self.raw, self._names, self._store, self._entries = raw, names, store, entries
         self._starts: list[int] = [0, *np.cumsum(counts)[:-1].tolist()]
         keys = [index.keys for index in indexes]  # without the entries, which are kept once

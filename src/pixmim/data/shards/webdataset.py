@@ -204,7 +204,7 @@ def _save_index(path: Path, name: str, version: FileVersion, result: ScanResult)
 def open_webdataset(
     spec: str,
     tars: dict[str, FileVersion | None],
-    form: ImageSpec = RGB,
+    image_spec: ImageSpec = RGB,
     shard_cache_gib: float = 50.0,
     last_dot: bool = False,
 ) -> ShardDataset:
@@ -232,7 +232,7 @@ def open_webdataset(
         raise UserError(f"no images in {spec} (found {what}); supported: {known}")
     _warn_ignored(spec, scans)
     classes, indexes = _merge_labels(names, scans)
-    dataset = ShardDataset(spec, form, names, store, indexes, classes=classes, left_out=_left_out(scans))
+    dataset = ShardDataset(spec, image_spec, names, store, indexes, classes=classes, left_out=_left_out(scans))
     dataset.label_hint = "an evaluation needs a .cls file with a number or a word in each sample"
     if unlabeled := sum(scan.unlabeled for scan in scans):
         note = f"{unlabeled:,} of {len(dataset):,} samples have no class"
