@@ -75,6 +75,24 @@ def test_help_answers_without_torch() -> None:
     assert "--made" not in text and "--recipe" not in text
 
 
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("pretrain", "cache")])
+def test_processes_of_torchrun_do_not_repeat_a_command(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, command, lambda args: 7)
+    assert cli.main([command]) == 7
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main([command]) == 7  # a launcher's variable alone
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main([command]) == 1
+        assert (f"each of the 2 processes would do all of `pixmim {command}`" in capsys.readouterr().err) == (
+            rank == "0"
+        )
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert cli.main([command]) == 7
+
+
 def test_list_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = say(capsys, "list")
     assert status == 0 and all(name in text for name in RECIPES) and "63.3 linear" in text

@@ -41,6 +41,9 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 }
 COMMANDS = {name: command for name, (command, _) in _COMMANDS.items()}
 
+_SHARED_BY_RANKS = ("pretrain", "cache")
+"""Commands whose work the processes of torchrun share."""
+
 OVERVIEW = "\n".join(
     [
         "usage: pixmim COMMAND [...]\n",
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args[0] not in COMMANDS:
             raise UserError(f"unknown command '{args[0]}'{did_you_mean(args[0], COMMANDS)}\n\n{OVERVIEW}")
+        _check_processes(args[0])
         return COMMANDS[args[0]](args[1:])
     except AlreadyReportedError:
         return 1
@@ -99,3 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _check_processes(command: str) -> None:
+    """Raise UserError if torchrun starts several processes of a command that all do the same work."""
+    processes, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "")
+    if command in _SHARED_BY_RANKS or not rank or processes == "1":
+        return
+    if rank != "0":
+        raise AlreadyReportedError
+    raise UserError(f"each of the {processes} processes would do all of `pixmim {command}`: run it without torchrun")
