@@ -86,9 +86,8 @@ def test_processes_of_torchrun_do_not_repeat_a_command(
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert cli.main([command]) == 1
-        assert (f"each of the 2 processes would do all of `pixmim {command}`" in capsys.readouterr().err) == (
-            rank == "0"
-        )
+        said = f"each of the 2 processes would do all of `pixmim {command}`" in capsys.readouterr().err
+        assert said == (rank == "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert cli.main([command]) == 7
 
