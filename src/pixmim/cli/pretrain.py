@@ -16,6 +16,7 @@ from pixmim.recipes import RECIPES, get_recipe
 from pixmim.training.trackers import TrackerName
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
+from pixmim.utils.files import shortened
 from pixmim.utils.trust import refusal, untrusted_references
 
 
@@ -94,11 +95,12 @@ def pretrain(args: list[str]) -> int:
         print_plain(console, f"finished at step {result.step:,}")
     else:
         result = train(config, resumed or None, resume=bool(resumed), track=track)
+    folder = shortened(result.folder)
     if not result.finished:
-        command = f"pixmim pretrain --resume {quote(str(result.folder))}"
+        command = f"pixmim pretrain --resume {quote(str(folder))}"
         print_plain(console, f"stopped after step {result.step}; resume with: {command}")
         return 130
-    print_plain(console, f"encoder: {result.folder / 'encoder'}\nreport:  {result.folder / 'report.html'}")
+    print_plain(console, f"encoder: {folder / 'encoder'}\nreport:  {folder / 'report.html'}")
     return 0
 
 
