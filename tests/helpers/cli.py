@@ -1,6 +1,7 @@
 """Run commands in this process."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -27,5 +28,6 @@ def skip_report(patch: Callable[[str, object], None]) -> None:
     def write_report(folders: list[Path], page: Path, *_: object, **__: object) -> Path:
         return page
 
-    for module in ("report", "run_folder", "api"):
-        patch(f"pixmim.{module}.write_report", write_report)
+    modules = [import_module(f"pixmim.{name}") for name in ("report", "run_folder", "api")]
+    for module in modules:  # all were imported before: one that was imported now would keep the substitute
+        patch(f"{module.__name__}.write_report", write_report)
