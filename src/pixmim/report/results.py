@@ -301,7 +301,7 @@ def _differences(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _short(text: str, *others: str) -> str:
-    """Return a label of a text, a longer one if it would not tell the text from the others."""
+    """Return a label of a text, a longer one if another text has the same label."""
     short = label(text)
     alike = any(label(other) == short for other in others if other != text)
     return label(text, _MAX_LABEL) if alike else short

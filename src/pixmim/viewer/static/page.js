@@ -127,7 +127,7 @@ function chart(title, series, { x = "epoch", log = false, mark = null } = {}) {
 
 // Training
 
-const KINDS = [ // title, keys, suffix of a key, and the data of runs that a name is to tell apart
+const KINDS = [ // title, keys, suffix of a key, and the data that names of runs contain if they differ
   ["Loss", (key) => key === "loss" || key.startsWith("held_out"), (key) => (key === "loss" ? "" : "held out"), "data"],
   ["k-NN accuracy (%)", (key) => /^knn\/k\d+\/mean\/top1$/.test(key) || key === "knn/majority", (key) => (key === "knn/majority" ? "majority" : `k = ${key.match(/k(\d+)/)[1]}`), "knn"],
   ["Effective rank (RankMe)", (key) => key.includes("rankme"), () => "", "data"],
