@@ -206,7 +206,6 @@ def stats(
         dtype: Pixels that images are converted to. auto: the smallest that keeps the values of most files.
         images: Images to measure, evenly distributed over the dataset and always the same. 0: all.
     """
-    from pixmim.config import PretrainConfig
     from pixmim.data import open_dataset, statistics
     from pixmim.data.dataset import ImageSpec
     from pixmim.data.resized_cache import find_settings
@@ -234,13 +233,6 @@ def stats(
     seconds = time.monotonic() - start
     for line in statistics.format_report(dataset, formats, result):
         print_plain(console, line)
-    unreadable, allowed = 1 - len(result.sizes) / len(indices), PretrainConfig.max_bad_fraction
-    if unreadable > allowed:
-        print_plain(
-            console,
-            f"warning: training ends if more than {allowed:.0%} cannot be read, and so do evaluations: mend or remove "
-            "them, or train on a cache, which leaves them out",
-        )
     if not len(result.sizes):
         raise UserError(f"no image of {data} can be converted to {image_spec}")
     print_plain(console, f"measured in {seconds:.0f} s, {len(indices) / seconds:.0f} images/s")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pixmim.config import PretrainConfig
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import ImageDataset, InMemoryDataset, prefetch_in_order
 from pixmim.data.loader import Batch, BatchLoader, Finish, Loader, LoaderOptions
@@ -100,7 +101,9 @@ def create_loader(
         UserError: If images cannot be kept on the GPU; from the loader, if too many images are unreadable.
     """
     shard = shard if isinstance(shard, BatchShard) else BatchShard(shard)
-    options.setdefault("skipped", BadImageLog(None, len(dataset), 0.25, "that a loader allows by default"))
+    options.setdefault(
+        "skipped", BadImageLog(None, len(dataset), PretrainConfig.max_bad_fraction, "that a loader allows by default")
+    )
     if location == "gpu":
         return GpuLoader(dataset, crop, shard, **options)
     return Loader(InMemoryDataset(dataset) if location == "ram" else dataset, crop, shard, **options)

@@ -76,6 +76,13 @@ class BadImage(Exception):  # noqa: N818 (describes a file, not a fault of the p
     """An image cannot be used. The message is the reason, which is logged in skipped.csv; the run continues."""
 
 
+def number_names(names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Return the number of each name among the unique ones, sorted, and these."""
+    unique = sorted(set(names))
+    number = {name: i for i, name in enumerate(unique)}
+    return np.asarray([number[name] for name in names], np.int64), unique
+
+
 class ImageDataset(ABC):
     """Random access to images. Reading is safe from several threads at once.
 
@@ -154,11 +161,8 @@ class ImageDataset(ABC):
 
     def set_groups(self, names: Sequence[str]) -> None:
         """Set `groups` and `group_names` from the name of each image's group, "" for an image that is its own."""
-        keys = [name or f"\0{index}" for index, name in enumerate(names)]
-        unique = sorted(set(keys))
-        number = {key: i for i, key in enumerate(unique)}
-        self.groups = np.asarray([number[key] for key in keys], np.int64)
-        self.group_names = ["" if key.startswith("\0") else key for key in unique]
+        self.groups, keys = number_names([name or f"\0{index}" for index, name in enumerate(names)])
+        self.group_names = ["" if key.startswith("\0") else key for key in keys]
 
     def prefetch(self, shards: Sequence[int]) -> None:  # noqa: B027 (most datasets have nothing to prefetch)
         """Start to fetch these shards, in order. Does not wait for them."""

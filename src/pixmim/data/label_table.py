@@ -14,10 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from pixmim.data.dataset import RGB, ImageSpec
+from pixmim.data.dataset import RGB, ImageSpec, number_names
 from pixmim.data.huggingface import check_parquet
 from pixmim.data.image_folder import (
     MAX_LINES,
@@ -180,7 +177,8 @@ def _make(
         f"paths must include the extension and start from {folders[0]}; {remedy}",
     )
     paths = PathList(map(os.fsencode, images))
-    labels, classes = _number([label for label, _ in images.values()]) if "label" in columns else (None, [])
+    named = _as_integers([label for label, _ in images.values()])
+    labels, classes = number_names(named) if "label" in columns else (None, [])
     about += f"; {left_out}" * bool(left_out)
     dataset = ImageFolder(spec, folders[0], paths, image_spec, labels, classes, about, left_out)
     if "group" in columns:
@@ -209,14 +207,6 @@ def _collect(file: Path, rows: Rows, columns: Mapping[str, int]) -> tuple[dict[s
                 )
             counts["that repeat another"] += 1
     return images, counts
-
-
-def _number(names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Return the number of each name among the unique ones (see `_as_integers`), sorted, and these."""
-    names = _as_integers(names)
-    unique = sorted(set(names))
-    index = {name: number for number, name in enumerate(unique)}
-    return np.asarray([index[name] for name in names], np.int64), unique
 
 
 def _as_integers(names: Sequence[str]) -> Sequence[str]:

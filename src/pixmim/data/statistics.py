@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pixmim.config import PretrainConfig
 from pixmim.data.dataset import BadImage, DType, HasBytes, ImageDataset, ImageSpec, TiffPages
 from pixmim.data.decode.image import ALL_BITS, read
 from pixmim.data.decode.no_data import recorded_shares
@@ -158,11 +159,17 @@ def format_report(dataset: ImageDataset, formats: Formats, result: Measurement) 
             constant = "   constant: std 1 is used" if row[1] == 0 else ""
             lines.append(f"{number:>7}" + "".join(f" {value:>10.5g}" for value in row) + constant)
     if result.bad:
-        lines.append(f"{sum(count for count, _ in result.bad.values()):,} cannot be read:")
+        bad, allowed = sum(count for count, _ in result.bad.values()), PretrainConfig.max_bad_fraction
+        lines.append(f"{bad:,} cannot be read:")
         for reason, (number, example) in sorted(result.bad.items(), key=lambda item: -item[1][0])[:5]:
             lines.append(f"  {number:,}: {' '.join(reason.split())} ({example})")
         if len(result.bad) > 5:
             lines.append(f"  and {len(result.bad) - 5} more reasons")
+        if bad > allowed * (bad + len(result.sizes)):
+            lines.append(
+                f"warning: training ends if more than {allowed:.0%} cannot be read, and so do evaluations: mend or "
+                "remove them, or train on a cache, which leaves them out"
+            )
     return lines
 
 

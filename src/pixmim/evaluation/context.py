@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import ImageDataset
@@ -216,8 +217,9 @@ def extract_block_features(
 
 
 def bad_image_log(data: ImageDataset, path: Path | None = None) -> BadImageLog:
-    """Return a log of unreadable images, saved to `path` if given. At most 25 % may be skipped."""
-    return BadImageLog(path, len(data), 0.25, "that an evaluation may leave out: mend or remove them")
+    """Return a log of unreadable images, saved to `path` if given. At most 25 % may be skipped, as in training."""
+    allowed = PretrainConfig.max_bad_fraction
+    return BadImageLog(path, len(data), allowed, "that an evaluation may leave out: mend or remove them")
 
 
 def check_finite(values: Tensor, name: str) -> None:

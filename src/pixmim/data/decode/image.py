@@ -149,9 +149,8 @@ def _read_stored(data: bytes, image_spec: ImageSpec) -> tuple[Array, NoData]:
             orientation = _orientation(image)
         return read_png16(data, width, height, orientation), NoData()
     if is_dicom(data):  # before TIFF, whose header some files have in their preamble
-        return read_dicom(
-            data, image_spec.tiff_pages, "uint16" if deep and image_spec.dtype == "uint8" else image_spec.dtype
-        ), NoData()
+        dtype = "uint16" if deep and image_spec.dtype == "uint8" else image_spec.dtype
+        return read_dicom(data, image_spec.tiff_pages, dtype), NoData()
     if data[:4] in headers.TIFF_MAGIC:
         tiff = headers.sanitize_tiff(data, image_spec.tiff_pages)
         return _read_tiff(tiff, image_spec.tiff_pages, deep)

@@ -77,9 +77,8 @@ class ShardDataset(ImageDataset):
             shard_sizes=counts if store.is_remote else None,
         )
         self.left_out = left_out
-        self._stored = (
-            image_spec if kind == "shards" else replace(image_spec, stretch="")
-        )  # a cache was stretched when it was made
+        # A cache was stretched when it was made.
+        self._stored = image_spec if kind == "shards" else replace(image_spec, stretch="")
         self.raw, self._names, self._store, self._entries = raw, names, store, entries
         self._starts: list[int] = [0, *np.cumsum(counts)[:-1].tolist()]
         keys = [index.keys for index in indexes]  # without the entries, which are kept once
